@@ -1,0 +1,174 @@
+// out[o, i] += scale * sum_b (sum_t g[b, t, o] * a[b, t, i])^2, the squared per-example gradients of a linear layer.
+//
+// Fused: per-example matrix product, square, sum over examples; nothing of size [B, O, I] exists. Reads g and a once for
+// every tile of the output that needs them, writes out once.
+// Work: one output tile a task, tiles over threads. The examples stream past a tile: their g and a are packed into
+// cache-sized panels (converting to the computing type), a register micro-tile multiplies, and its epilogue squares
+// into the tile's running sum. One position an example (T = 1) is the plain product of squares: the examples then take
+// the place of positions, and the square moves into the packing.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/scalar.h"
+
+namespace unlearn {
+
+constexpr int64_t TILE_O = 96, TILE_I = 256;  // output tile, at most; its running sum is 96 KiB in float
+constexpr int64_t TILE_T = 256;               // positions packed at a time
+
+// A [B, T, C] operand with any strides.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t stride_b, stride_t, stride_c;
+};
+
+template <class T>
+struct SquaresProblem {
+  compute_t<T>* out;  // [O, I], contiguous
+  Operand<T> a, g;    // inputs [B, T, I], grad_outputs [B, T, O]
+  int64_t B, T_, O, I;
+  double scale;
+};
+
+template <class C>
+struct Workspace {
+  std::vector<C> a, g, product, sum;
+  // Panels are padded to whole strips: at most 64 columns more than a tile.
+  Workspace()
+      : a(TILE_T * (TILE_I + 64)),
+        g(TILE_T * (TILE_O + 64)),
+        product((TILE_O + 64) * (TILE_I + 64)),
+        sum((TILE_O + 64) * (TILE_I + 64)) {}
+};
+
+// Packs columns [begin, begin + count) of T positions into strips of `width` columns: panel[strip][t][column], zeros
+// beyond the last column.
+template <bool SQUARE, int64_t width, class T>
+UNLEARN_INLINE void pack(
+    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, compute_t<T>* panel) {
+  using C = compute_t<T>;
+  const auto value = [](T x) {
+    const C loaded = load(x);
+    return SQUARE ? loaded * loaded : loaded;
+  };
+  for (int64_t c0 = 0; c0 < count; c0 += width, panel += T_ * width) {
+    const int64_t columns = std::min(width, count - c0);
+    const T* strip = source + c0 * stride_c;
+    if (columns < width) std::fill(panel, panel + T_ * width, C(0));
+    if (stride_c == 1 && columns == width) {
+      for (int64_t t = 0; t < T_; ++t) {
+        for (int64_t c = 0; c < width; ++c) panel[t * width + c] = value(strip[t * stride_t + c]);
+      }
+    } else if (stride_c == 1) {
+      for (int64_t t = 0; t < T_; ++t) {
+        for (int64_t c = 0; c < columns; ++c) panel[t * width + c] = value(strip[t * stride_t + c]);
+      }
+    } else {
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t t = 0; t < T_; ++t) panel[t * width + c] = value(strip[t * stride_t + c * stride_c]);
+      }
+    }
+  }
+}
+
+enum class Epilogue { add, square, store, accumulate, accumulate_square };
+
+// [MR, 2 vectors] += g[t][MR]^T a[t][2 vectors], then the epilogue into rows of `stride` columns.
+template <int BYTES, int MR, class C>
+UNLEARN_INLINE void micro_tile(
+    const C* g, const C* a, int64_t T_, C* product, C* sum, int64_t stride, Epilogue epilogue) {
+  typedef C Vector __attribute__((vector_size(BYTES), aligned(sizeof(C)), may_alias));
+  constexpr int lanes = BYTES / sizeof(C);
+  Vector acc[MR][2] = {};
+  for (int64_t t = 0; t < T_; ++t, g += MR, a += 2 * lanes) {
+    const Vector a0 = *reinterpret_cast<const Vector*>(a), a1 = *reinterpret_cast<const Vector*>(a + lanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      acc[m][0] += g[m] * a0;
+      acc[m][1] += g[m] * a1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const Vector value = acc[m][half];
+      Vector& p = *reinterpret_cast<Vector*>(product + m * stride + half * lanes);
+      Vector& s = *reinterpret_cast<Vector*>(sum + m * stride + half * lanes);
+      switch (epilogue) {
+        case Epilogue::add: s += value; break;
+        case Epilogue::square: s += value * value; break;
+        case Epilogue::store: p = value; break;
+        case Epilogue::accumulate: p += value; break;
+        case Epilogue::accumulate_square: s += (p + value) * (p + value); break;
+      }
+    }
+  }
+}
+
+template <int BYTES, int MR, bool SQUARE, class T>
+UNLEARN_INLINE void sum_over_examples(
+    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
+  using C = compute_t<T>;
+  constexpr int64_t NR = 2 * BYTES / sizeof(C);
+  const int64_t stride = (tile_i + NR - 1) / NR * NR;
+  std::fill(w.sum.begin(), w.sum.begin() + (tile_o + MR) * stride, C(0));
+  const int64_t pieces = (q.T_ + TILE_T - 1) / TILE_T;
+  for (int64_t b = 0; b < q.B; ++b) {
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t t0 = q.T_ * piece / pieces, t1 = q.T_ * (piece + 1) / pieces;
+      const Epilogue epilogue = SQUARE                ? Epilogue::add
+                                : pieces == 1         ? Epilogue::square
+                                : piece == 0          ? Epilogue::store
+                                : piece == pieces - 1 ? Epilogue::accumulate_square
+                                                      : Epilogue::accumulate;
+      pack<SQUARE, NR>(
+          q.a.data + b * q.a.stride_b + t0 * q.a.stride_t + i0 * q.a.stride_c, q.a.stride_t, q.a.stride_c, t1 - t0,
+          tile_i, w.a.data());
+      pack<SQUARE, MR>(
+          q.g.data + b * q.g.stride_b + t0 * q.g.stride_t + o0 * q.g.stride_c, q.g.stride_t, q.g.stride_c, t1 - t0,
+          tile_o, w.g.data());
+      for (int64_t i = 0; i < tile_i; i += NR) {
+        for (int64_t o = 0; o < tile_o; o += MR) {
+          micro_tile<BYTES, MR>(
+              w.g.data() + o * (t1 - t0), w.a.data() + i * (t1 - t0), t1 - t0, w.product.data() + o * stride + i,
+              w.sum.data() + o * stride + i, stride, epilogue);
+        }
+      }
+    }
+  }
+  for (int64_t o = 0; o < tile_o; ++o) {
+    C* out = q.out + (o0 + o) * q.I + i0;
+    const C* sum = w.sum.data() + o * stride;
+    for (int64_t i = 0; i < tile_i; ++i) out[i] += C(q.scale) * sum[i];
+  }
+}
+
+// One output tile on the machine's best instruction set. 12 x 2 accumulators fill AVX-512's 32 registers, 6 x 2 the 16
+// of AVX2 and SSE; `target_clones` cannot choose such a constant, so the choice is made here.
+#if UNLEARN_HAS_CLONES
+template <bool SQUARE, class T>
+__attribute__((target("arch=x86-64-v4"))) void tile_avx512(
+    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
+  sum_over_examples<64, 12, SQUARE>(q, o0, tile_o, i0, tile_i, w);
+}
+template <bool SQUARE, class T>
+__attribute__((target("arch=x86-64-v3"))) void tile_avx2(
+    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
+  sum_over_examples<32, 6, SQUARE>(q, o0, tile_o, i0, tile_i, w);
+}
+#endif
+
+template <bool SQUARE, class T>
+void squares_tile(
+    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
+#if UNLEARN_HAS_CLONES
+  if (simd_level() == Simd::avx512) return tile_avx512<SQUARE>(q, o0, tile_o, i0, tile_i, w);
+  if (simd_level() == Simd::avx2) return tile_avx2<SQUARE>(q, o0, tile_o, i0, tile_i, w);
+#endif
+  sum_over_examples<16, 6, SQUARE>(q, o0, tile_o, i0, tile_i, w);
+}
+
+}  // namespace unlearn

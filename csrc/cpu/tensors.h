@@ -1,0 +1,89 @@
+// What the operators' registrations share: dtype dispatch, addressing of rows, threads, fresh memory.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/scalar.h"
+
+namespace unlearn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls f with a value of the C++ type that stores `dtype`.
+template <class F>
+void dispatch_floating(ScalarType dtype, const char* argument, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bfloat16{});
+    case ScalarType::Half: return f(float16{});
+    default: STD_TORCH_CHECK(false, argument, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  return torch::stable::contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
+// Addresses the last axis ("row") of a tensor whose leading axes may have any strides.
+class RowOffsets {
+ public:
+  explicit RowOffsets(const Tensor& tensor) {
+    for (int64_t d = 0; d + 1 < tensor.dim(); ++d) {
+      sizes_.push_back(tensor.size(d));
+      strides_.push_back(tensor.stride(d));
+    }
+  }
+  int64_t operator()(int64_t row) const {
+    int64_t offset = 0;
+    for (size_t d = sizes_.size(); d-- > 0;) {
+      offset += row % sizes_[d] * strides_[d];
+      row /= sizes_[d];
+    }
+    return offset;
+  }
+
+ private:
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// Elements a thread should at least get, so that waking it pays.
+constexpr int64_t GRAIN = 32768;
+
+// Fresh memory costs a page fault every 4 KiB, more than the loop that fills it; huge pages make that one in 2 MiB.
+// A hint only: where it is refused nothing is lost.
+inline void advise_huge_pages(const Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t huge = uintptr_t(1) << 21, page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
+  const uintptr_t end = begin + fresh.numel() * fresh.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (last > first && last - first >= 2 * huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)fresh;
+#endif
+}
+
+}  // namespace unlearn

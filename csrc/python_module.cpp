@@ -1,0 +1,65 @@
+// pybind11: build information, CPU features, and the dampening loop over numpy buffers (no torch tensor is made).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "cpu/dampen.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = BUILD_COMPILER;
+  info["cuda_architectures"] = BUILD_CUDA_ARCHITECTURES;
+  info["cuda_version"] = BUILD_CUDA_VERSION;
+  info["cuda_missing"] = BUILD_CUDA_MISSING;
+  return info;
+}
+
+const char* simd() {
+  switch (unlearn::simd_level()) {
+    case unlearn::Simd::avx512: return "avx512";
+    case unlearn::Simd::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+// The Python side has checked shapes, layout and writability; P is what the parameter's bytes hold.
+template <class P, class C>
+py::tuple dampen(const py::buffer& p, const py::buffer& f, const py::buffer& r, const unlearn::DampenSettings& settings) {
+  const py::buffer_info pi = p.request(true), fi = f.request(), ri = r.request();
+  if (pi.size != fi.size || pi.size != ri.size || size_t(pi.itemsize) != sizeof(P) || size_t(fi.itemsize) != sizeof(C) ||
+      size_t(ri.itemsize) != sizeof(C)) {
+    throw py::value_error("p, f and r must have one size and the declared types");
+  }
+  unlearn::DampenStats stats;
+  {
+    py::gil_scoped_release release;
+    stats = unlearn::dampen_array(
+        static_cast<P*>(pi.ptr), static_cast<const C*>(fi.ptr), static_cast<const C*>(ri.ptr), pi.size, settings);
+  }
+  return py::make_tuple(stats.selected, stats.non_finite, stats.non_finite_selected, stats.factor_sum);
+}
+
+py::tuple dampen_buffers(
+    const py::buffer& p, const py::buffer& f, const py::buffer& r, double alpha, double lam, double exponent,
+    double cap) {
+  const unlearn::DampenSettings settings{alpha, lam, exponent, cap};
+  const size_t param = size_t(p.request().itemsize), importance = size_t(f.request().itemsize);
+  if (param == 2 && importance == 4) return dampen<unlearn::float16, float>(p, f, r, settings);
+  if (param == 2 && importance == 8) return dampen<unlearn::float16, double>(p, f, r, settings);
+  if (param == 4 && importance == 4) return dampen<float, float>(p, f, r, settings);
+  if (param == 4 && importance == 8) return dampen<float, double>(p, f, r, settings);
+  if (param == 8 && importance == 8) return dampen<double, double>(p, f, r, settings);
+  throw py::value_error("p must be float16, float32 or float64; f and r float32, or float64");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Build information, CPU features and the numpy door of unlearn_fast.";
+  m.def("build_info", &build_info, "Compiler and CUDA architectures of this build.");
+  m.def("simd", &simd, "The instruction set that the CPU kernels run on here: avx512, avx2 or baseline.");
+  m.def("dampen", &dampen_buffers, "Dampens one contiguous numpy array in place; returns its four counts.");
+}

@@ -1,0 +1,79 @@
+"""Hands the native build over to CMakeLists.txt; nothing about sources or flags lives here.
+
+Build options go to CMake through the environment, for example
+`CMAKE_ARGS="-DUNLEARN_FAST_CUDA=OFF" pip install .`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+
+
+def torch_directory() -> str:
+    """Where torch lives, or ''. `-I` looks past pip's isolated build environment, at what the user has installed."""
+    for flags in ([], ["-I"]):
+        found = subprocess.run([sys.executable, *flags, "-c", FIND_TORCH], capture_output=True, text=True).stdout.strip()
+        if found:
+            return found
+    return ""
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake. Without a compiler the package still installs, and `_build.json` keeps the reason for `info`."""
+
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode
+        package = (ROOT if in_place else Path(self.build_lib).resolve()) / "unlearn_fast"
+        package.mkdir(parents=True, exist_ok=True)
+        for stale in [*package.glob("_cpu*.so"), *package.glob("_cuda*.so"), *package.glob("_native*.so")]:
+            stale.unlink()
+        reason = self.build_native(package)
+        if reason:
+            self.warn(f"the native parts were not built, the slow references will serve: {reason}")
+        (package / "_build.json").write_text(json.dumps({"missing": reason}) + "\n")
+
+    def build_native(self, package: Path) -> str | None:
+        """Returns None, or why the native parts could not be built."""
+        torch = torch_directory()
+        cmake = shutil.which("cmake")
+        if not torch:
+            return "torch was not found when the package was built"
+        if not cmake:
+            return "cmake was not found when the package was built"
+        build = Path(self.build_temp).resolve()
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DTORCH_DIR={torch}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={package}"]
+        configure += ["-DCMAKE_BUILD_TYPE=Release", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        for command in (configure, [cmake, "--build", str(build), "-j", jobs], [cmake, "--install", str(build)]):
+            done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            print(done.stdout, flush=True)
+            if done.returncode:
+                errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+                return f"`{' '.join(command[:2])}` failed: {(errors or done.stdout.splitlines() or ['?'])[0].strip()}"
+        return None
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    ext_modules=[Extension("unlearn_fast._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[] if torch_directory() else ["torch>=2.10"],
+)

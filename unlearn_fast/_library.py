@@ -1,0 +1,137 @@
+"""Every operator's schema, once, and the compiled parts, loaded once.
+
+Implementations register themselves with PyTorch's dispatcher: the CPU key is served by `_cpu` (C++), the CUDA key by
+`_cuda`, and every other device, or a missing part, by the plain-torch reference (CompositeExplicitAutograd).
+"""
+
+import functools
+import importlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+SCHEMAS = {
+    "token_logprobs": (
+        "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor logp, Tensor row_max, Tensor log_sum)"
+    ),
+    "token_logprobs_backward": (
+        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, int ignore_index)"
+        " -> Tensor"
+    ),
+    "token_logprobs_backward_": (
+        "(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum,"
+        " int ignore_index) -> ()"
+    ),
+    "linear_token_logprobs": (
+        "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index, int chunk_bytes)"
+        " -> (Tensor logp, Tensor row_max, Tensor log_sum)"
+    ),
+    "linear_token_logprobs_backward": (
+        "(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor logp, Tensor row_max,"
+        " Tensor log_sum, int ignore_index, int chunk_bytes, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+    ),
+    "sum_grad_squared_linear_": "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, float scale) -> ()",
+    "dampen_": (
+        "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float alpha, float lam, float exponent, float cap)"
+        " -> Tensor"
+    ),
+}
+
+LIBRARY = torch.library.Library("unlearn_fast", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+_PACKAGE = Path(__file__).parent
+
+missing: dict[str, str] = {}
+"""Compiled part ("cpu", "cuda", "native") -> why it does not serve here."""
+
+
+def _build_reason() -> str:
+    record = _PACKAGE / "_build.json"
+    if not record.exists():
+        return "the package was not built: run `pip install .`"
+    return json.loads(record.read_text())["missing"] or "the file is missing although the build succeeded: reinstall"
+
+
+def _load(part: str) -> None:
+    file = _PACKAGE / f"_{part}.so"
+    if not file.exists():
+        missing[part] = _build_reason()
+        return
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        missing[part] = f"{file.name} cannot be loaded: {error}"
+
+
+def _load_native() -> ModuleType | None:
+    try:
+        return importlib.import_module("unlearn_fast._native")
+    except ImportError as error:
+        built = any(_PACKAGE.glob("_native*.so"))
+        missing["native"] = f"_native cannot be loaded: {error}" if built else _build_reason()
+        return None
+
+
+_load("cpu")
+native = _load_native()
+if torch.version.cuda is None:
+    missing["cuda"] = f"torch {torch.__version__} has no CUDA"
+elif native is not None and native.build_info()["cuda_missing"]:
+    missing["cuda"] = native.build_info()["cuda_missing"]
+else:
+    _load("cuda")
+
+
+def implement(name: str, function: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> None:
+    """Registers `function` for the operator `name` under a dispatch key; by default for all devices without their own."""
+    LIBRARY.impl(name, function, key)
+
+
+def fake(name: str, function: Callable[..., Any]) -> None:
+    """Registers the shapes and dtypes of the operator's results, which is what torch.compile traces."""
+    torch.library.register_fake(f"unlearn_fast::{name}", function, lib=LIBRARY)
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """Registers the operator's derivative."""
+    torch.library.register_autograd(f"unlearn_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def not_twice_differentiable(name: str) -> None:
+    """Makes a second derivative an error that says so, rather than a silent zero."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"unlearn_fast::{name} has no derivative: only first derivatives are supported")
+
+    differentiate(name, backward)
+
+
+def implementation(name: str, device: str) -> str:
+    """What serves the operator `name` on a device type: "c++", "cuda", "triton" or "reference"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"unlearn_fast::{name}", key):
+        return {"CPU": "c++", "CUDA": "cuda"}[key]
+    return "reference"
+
+
+@functools.cache
+def warn_if_slow(name: str, device: str) -> None:
+    """Warns, once for a device, that the compiled part is missing there and the reference serves."""
+    if device == "cpu" and "cpu" in missing:
+        _warn_slow(device, missing["cpu"])
+
+
+@functools.cache
+def _warn_slow(device: str, reason: str) -> None:
+    warnings.warn(
+        f"unlearn_fast runs its slow plain-torch references on {device}: {reason}. `unlearn_fast info` tells more.",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,172 @@
+"""Token log-probabilities from hidden states and the lm_head: the [N, V] logits never exist."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unlearn_fast._library import differentiate, fake, implement, not_twice_differentiable, warn_if_slow
+from unlearn_fast.ops import _checks
+
+DEFAULT_CHUNK_BYTES = 64 << 20
+
+
+def linear_token_logprobs(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Tensor:  # [...]
+    """Log-probability of each label under `softmax(hidden @ weight.T + bias)`.
+
+    Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row).
+    The backward computes each chunk's logits again and turns them into their gradient in place; the weight's gradient is
+    accumulated in float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
+
+    Args:
+        hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16.
+        labels: [...] in int64 or int32, each in [0, V) or `ignore_index`. They are not shifted here.
+        ignore_index: rows with this label give 0 and an exactly zero gradient.
+        chunk_bytes: upper limit, in bytes, of the logits that exist at a time.
+
+    Returns:
+        Natural logarithms shaped like `labels`, in float32 (float64 for float64 hidden states). Differentiable once in
+        hidden, weight and bias, with any cotangent.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not fit.
+        RuntimeError: a label is outside [0, V) (on the CPU).
+    """
+    _checks.floating("hidden", hidden)
+    _checks.labels_of_rows("labels", labels, "hidden", hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight has shape {_checks.shape(weight)}: it must be [V, H] with H = {hidden.shape[-1]}, as in hidden"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {_checks.shape(bias)}: it must be [V] with V = {weight.shape[0]}, as in weight")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}: it must be {hidden.dtype} on {hidden.device}, as hidden is"
+            )
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
+    warn_if_slow("linear_token_logprobs", hidden.device.type)
+    return torch.ops.unlearn_fast.linear_token_logprobs(hidden, weight, labels, bias, ignore_index, chunk_bytes)[0]
+
+
+# -- the operator: torch's matrix product on chunks, the row kernel between --------------------------------------------
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    results = tuple(hidden.new_zeros(flat_labels.shape, dtype=dtype) for _ in range(3))
+    for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
+        logits = torch.nn.functional.linear(rows[chunk], weight, bias)
+        values = torch.ops.unlearn_fast.token_logprobs(logits, flat_labels[chunk], ignore_index)
+        for result, value in zip(results, values, strict=True):
+            result[chunk] = value
+    return tuple(result.view(labels.shape) for result in results)  # type: ignore[return-value]
+
+
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    chunk_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
+    need_hidden, need_weight, need_bias = needs
+    wide = logp.dtype
+    rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    saved = [t.reshape(-1) for t in (grad, logp, row_max, log_sum)]
+    d_rows = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else weight.new_empty(0)
+    d_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else weight.new_empty(0)
+    for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
+        inputs = rows[chunk]
+        d_logits = torch.nn.functional.linear(inputs, weight, bias)  # the logits, until the next line overwrites them
+        chunk_grad, *stats = (t[chunk] for t in saved)
+        torch.ops.unlearn_fast.token_logprobs_backward_(
+            chunk_grad, d_logits, flat_labels[chunk], *stats, ignore_index
+        )
+        if need_hidden:
+            d_rows[chunk] = d_logits @ weight
+        if need_weight and wide == weight.dtype:
+            d_weight.addmm_(d_logits.T, inputs)
+        elif need_weight:
+            d_weight += d_logits.T @ inputs
+        if need_bias:
+            d_bias += d_logits.sum(0, dtype=wide)
+    return d_rows.view(hidden.shape) if need_hidden else d_rows, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+def _chunks(labels: Tensor, weight: Tensor, ignore_index: int, chunk_bytes: int) -> Iterator[Any]:
+    """Row selections, each with at most `chunk_bytes` of logits; without the ignored rows where asking costs no sync."""
+    size = max(1, chunk_bytes // max(1, weight.shape[0] * weight.element_size()))
+    if labels.device.type == "cpu":
+        kept = (labels != ignore_index).nonzero().squeeze(-1)
+        if len(kept) < len(labels):
+            yield from kept.split(size) if len(kept) else ()
+            return
+    for start in range(0, len(labels), size):
+        yield slice(start, start + size)
+
+
+implement("linear_token_logprobs", _forward)
+implement("linear_token_logprobs_backward", _backward)
+
+
+# -- shapes and derivatives --------------------------------------------------------------------------------------------
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return tuple(hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+def _backward_fake(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = rest[-1]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, labels, bias, ctx.ignore_index, ctx.chunk_bytes = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, labels, bias, *output)
+
+
+def _derivative(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    gradients = torch.ops.unlearn_fast.linear_token_logprobs_backward(
+        grad, *ctx.saved_tensors, ctx.ignore_index, ctx.chunk_bytes, needs
+    )
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return d_hidden, d_weight, None, d_bias, None, None
+
+
+fake("linear_token_logprobs", _forward_fake)
+fake("linear_token_logprobs_backward", _backward_fake)
+differentiate("linear_token_logprobs", _derivative, _setup_context)
+not_twice_differentiable("linear_token_logprobs_backward")

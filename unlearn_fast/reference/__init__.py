@@ -1,0 +1,10 @@
+"""The specification: every operator in a few lines of plain torch, with the same name and signature.
+
+Slow, differentiable, any device, any floating dtype. The kernels are tested against these functions in float64.
+"""
+
+from unlearn_fast.reference.dampen import dampen_
+from unlearn_fast.reference.logprobs import linear_token_logprobs, token_logprobs
+from unlearn_fast.reference.squares import sum_grad_squared_linear_
+
+__all__ = ["dampen_", "linear_token_logprobs", "sum_grad_squared_linear_", "token_logprobs"]
