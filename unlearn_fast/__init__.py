@@ -1,6 +1,35 @@
 """Compiled kernels for machine unlearning in PyTorch."""
 
 from unlearn_fast._report import DampenCounts, DampenReport
+from unlearn_fast.fisher import (
+    Importance,
+    causal_lm_losses,
+    classification_losses,
+    diagonal_fisher,
+    output_norm_losses,
+)
+from unlearn_fast.losses import FLATLoss, flat_forget_loss, flat_loss, flat_template_loss, linear_flat_loss
 from unlearn_fast.ops import dampen_, linear_token_logprobs, sum_grad_squared_linear_, token_logprobs
+from unlearn_fast.ssd import ssd_
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DampenCounts",
+    "DampenReport",
+    "FLATLoss",
+    "Importance",
+    "causal_lm_losses",
+    "classification_losses",
+    "dampen_",
+    "diagonal_fisher",
+    "flat_forget_loss",
+    "flat_loss",
+    "flat_template_loss",
+    "linear_flat_loss",
+    "linear_token_logprobs",
+    "output_norm_losses",
+    "ssd_",
+    "sum_grad_squared_linear_",
+    "token_logprobs",
+]

@@ -4,7 +4,6 @@ Implementations register themselves with PyTorch's dispatcher: the CPU key is se
 `_cuda`, and every other device, or a missing part, by the plain-torch reference (CompositeExplicitAutograd).
 """
 
-import functools
 import importlib
 import json
 import warnings
@@ -121,17 +120,16 @@ def implementation(name: str, device: str) -> str:
     return "reference"
 
 
-@functools.cache
-def warn_if_slow(name: str, device: str) -> None:
-    """Warns, once for a device, that the compiled part is missing there and the reference serves."""
-    if device == "cpu" and "cpu" in missing:
-        _warn_slow(device, missing["cpu"])
+_warned: set[str] = set()
 
 
-@functools.cache
-def _warn_slow(device: str, reason: str) -> None:
-    warnings.warn(
-        f"unlearn_fast runs its slow plain-torch references on {device}: {reason}. `unlearn_fast info` tells more.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+def warn_if_slow(device: str) -> None:
+    """Warns, once for a device type, that its compiled part is missing and the plain-torch references serve."""
+    if device in missing and device not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device)
+        warnings.warn(
+            f"unlearn_fast runs its slow plain-torch references on {device}: {missing[device]}."
+            " `unlearn_fast info` tells more.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

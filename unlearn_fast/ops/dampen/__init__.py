@@ -60,7 +60,7 @@ def dampen_(
     alignment = align(params, forget, reference)
     tables = []
     for device, entries in _by_device(alignment.entries).items():
-        warn_if_slow("dampen_", device.type)
+        warn_if_slow(device.type)
         p, f, r = zip(*((e.param, e.forget, e.reference) for e in entries), strict=True)
         tables.append(torch.ops.unlearn_fast.dampen_(list(p), list(f), list(r), alpha, lam, exponent, cap))
         if not torch.compiler.is_compiling():

@@ -56,7 +56,7 @@ def linear_token_logprobs(
             )
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
-    warn_if_slow("linear_token_logprobs", hidden.device.type)
+    warn_if_slow(hidden.device.type)
     return torch.ops.unlearn_fast.linear_token_logprobs(hidden, weight, labels, bias, ignore_index, chunk_bytes)[0]
 
 

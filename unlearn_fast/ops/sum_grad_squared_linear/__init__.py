@@ -36,7 +36,7 @@ def sum_grad_squared_linear_(
             `out` is then unchanged.
     """
     _check(out, inputs, grad_outputs)
-    warn_if_slow("sum_grad_squared_linear_", out.device.type)
+    warn_if_slow(out.device.type)
     torch.ops.unlearn_fast.sum_grad_squared_linear_(out.detach(), inputs.detach(), grad_outputs.detach(), scale)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn_fast import reference
 from unlearn_fast._library import differentiate, fake, implement, not_twice_differentiable, warn_if_slow
 from unlearn_fast.ops import _checks
 
@@ -42,7 +41,7 @@ def token_logprobs(
     """
     _checks.floating("logits", logits)
     _checks.labels_of_rows("labels", labels, "logits", logits)
-    warn_if_slow("token_logprobs", logits.device.type)
+    warn_if_slow(logits.device.type)
     if inplace_backward and not torch.compiler.is_compiling() and logits.requires_grad and torch.is_grad_enabled():
         _refuse_needed_logits(logits)
         return _OverwritingLogits.apply(logits, labels, ignore_index)
@@ -109,10 +108,16 @@ def _saves_its_result(tensor: Tensor) -> bool:
 
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    logp = reference.token_logprobs(logits, labels, ignore_index=ignore_index)
-    wide = logits.to(logp.dtype)
+    """As the kernels do it: the label's term is kept out of the sum, so that log p keeps its precision as p -> 1."""
+    ignored = labels == ignore_index
+    label = labels.masked_fill(ignored, 0).long().unsqueeze(-1)
+    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    others_over_own = wide.scatter(-1, label, -torch.inf).logsumexp(-1) - wide.gather(-1, label).squeeze(-1)
+    logp = -torch.logaddexp(others_over_own, torch.zeros_like(others_over_own))
     row_max = wide.amax(-1)
-    return logp, row_max, (wide - row_max.unsqueeze(-1)).logsumexp(-1)
+    log_sum = (wide - row_max.unsqueeze(-1)).logsumexp(-1)
+    logp = logp.masked_fill(row_max == torch.inf, torch.nan)  # as log_softmax has it
+    return logp.masked_fill(ignored, 0), row_max, log_sum
 
 
 def _backward(

@@ -1,0 +1,45 @@
+"""The formulations that the operators replace: what people write in plain torch, and what released code does."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def eager_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N] in at least float32
+    """The whole log-softmax, of which one column a row is kept."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.log_softmax(-1, dtype=dtype).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def eager_linear_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # [N, H], [V, H], [N] -> [N]
+    """All logits, then the whole log-softmax."""
+    return eager_token_logprobs(linear(hidden, weight), labels)
+
+
+def released_dampen_(
+    p: Tensor, f: Tensor, r: Tensor, *, alpha: float, lam: float, exponent: float = 1.0, cap: float = 1.0
+) -> None:
+    """The released SSD code's order of operations: factors of all elements, then lists of the selected indices."""
+    factor = ((r * lam) / f) ** exponent
+    selected = torch.where(f > r * alpha)
+    update = factor[selected]
+    update[torch.where(update > cap)] = cap
+    p[selected] = p[selected] * update
+
+
+def where_dampen_(
+    p: Tensor, f: Tensor, r: Tensor, *, alpha: float, lam: float, exponent: float = 1.0, cap: float = 1.0
+) -> None:
+    """The same values as one elementwise expression, which is the form that torch.compile fuses."""
+    factor = (((r * lam) / f) ** exponent).clamp(max=cap)
+    p.copy_(torch.where(f > r * alpha, p * factor, p))
+
+
+def einsum_sum_grad_squared_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    """Every example's gradient [B, O, I] at once, then its squares."""
+    out += torch.einsum("bto,bti->boi", grad_outputs, inputs).square().sum(0)
+
+
+def weight_gradient_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    """The ordinary weight gradient: the same FLOPs, and no squares."""
+    torch.mm(grad_outputs.flatten(0, -2).T, inputs.flatten(0, -2), out=out)
