@@ -22,7 +22,9 @@ FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.subm
 def torch_directory() -> str:
     """Where torch lives, or ''. `-I` looks past pip's isolated build environment, at what the user has installed."""
     for flags in ([], ["-I"]):
-        found = subprocess.run([sys.executable, *flags, "-c", FIND_TORCH], capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(
+            [sys.executable, *flags, "-c", FIND_TORCH], capture_output=True, text=True
+        ).stdout.strip()
         if found:
             return found
     return ""

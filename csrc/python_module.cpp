@@ -27,10 +27,11 @@ const char* simd() {
 
 // The Python side has checked shapes, layout and writability; P is what the parameter's bytes hold.
 template <class P, class C>
-py::tuple dampen(const py::buffer& p, const py::buffer& f, const py::buffer& r, const unlearn::DampenSettings& settings) {
+py::tuple dampen(
+    const py::buffer& p, const py::buffer& f, const py::buffer& r, const unlearn::DampenSettings& settings) {
   const py::buffer_info pi = p.request(true), fi = f.request(), ri = r.request();
-  if (pi.size != fi.size || pi.size != ri.size || size_t(pi.itemsize) != sizeof(P) || size_t(fi.itemsize) != sizeof(C) ||
-      size_t(ri.itemsize) != sizeof(C)) {
+  if (pi.size != fi.size || pi.size != ri.size || size_t(pi.itemsize) != sizeof(P) ||
+      size_t(fi.itemsize) != sizeof(C) || size_t(ri.itemsize) != sizeof(C)) {
     throw py::value_error("p, f and r must have one size and the declared types");
   }
   unlearn::DampenStats stats;

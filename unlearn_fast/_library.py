@@ -89,7 +89,7 @@ else:
 
 
 def implement(name: str, function: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> None:
-    """Registers `function` for the operator `name` under a dispatch key; by default for all devices without their own."""
+    """Registers `function` for the operator `name` under a key; by default for all devices without their own."""
     LIBRARY.impl(name, function, key)
 
 

@@ -20,7 +20,7 @@ def dampen_(
     exponent: float = 1.0,
     cap: float = 1.0,
 ) -> DampenCounts:
-    """Selective synaptic dampening of one array, in place: `p *= min((lam * r / f)^exponent, cap)` where `f > alpha * r`.
+    """Selective synaptic dampening of an array in place: `p *= min((lam * r / f)^exponent, cap)` where `f > alpha * r`.
 
     Args:
         p: the parameter: float16, float32 or float64, writable; changed in place.
@@ -58,4 +58,6 @@ def dampen_(
     )
     if not np.shares_memory(target, p):
         view[...] = target
-    return DampenCounts(p.size, selected, non_finite, non_finite_selected, factors / selected if selected else float("nan"))
+    return DampenCounts(
+        p.size, selected, non_finite, non_finite_selected, factors / selected if selected else float("nan")
+    )

@@ -57,7 +57,9 @@ def ssd_(
     for name, given in (("forget", forget), ("reference", reference)):
         if isinstance(given, Importance):
             if given.fingerprint != model_fingerprint(model):
-                warnings.warn(f"{name}: these importances were measured on other weights than the model's", stacklevel=2)
+                warnings.warn(
+                    f"{name}: these importances were measured on other weights than the model's", stacklevel=2
+                )
             importances.append(given)
         elif losses is None:
             raise TypeError(f"losses is missing: it must be given where {name} is batches")
@@ -78,4 +80,4 @@ def _nothing_selected(f: Importance, r: Importance, alpha: float) -> str:
             f" set is {share:.4g} of it ({f.examples} of {r.examples} examples) and 1 / alpha is {1 / alpha:.4g}:"
             f" alpha must be below {1 / share:.4g}, or the reference the retained set only"
         )
-    return f"nothing was selected: no parameter's forget importance is above alpha = {alpha:g} times its reference importance"
+    return f"nothing was selected: no forget importance is above alpha = {alpha:g} times its reference importance"

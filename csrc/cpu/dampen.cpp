@@ -15,7 +15,8 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 }
 
 template <class C>
-DampenStats dampen_tensor(Tensor& param, const Tensor& forget, const Tensor& reference, const DampenSettings& settings) {
+DampenStats dampen_tensor(
+    Tensor& param, const Tensor& forget, const Tensor& reference, const DampenSettings& settings) {
   const Tensor f = contiguous_as(forget, std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
   const Tensor r = contiguous_as(reference, f.scalar_type());
   Tensor p = torch::stable::contiguous(param);  // the parameter itself where it already is
@@ -48,8 +49,8 @@ Tensor dampen_(
   Tensor table = torch::stable::empty({int64_t(params.size()), 4}, ScalarType::Double);
   double* row = mutable_data<double>(table);
   for (size_t i = 0; i < params.size(); ++i, row += 4) {
-    const bool wide = params[i].scalar_type() == ScalarType::Double ||
-                      forget[i].scalar_type() == ScalarType::Double || reference[i].scalar_type() == ScalarType::Double;
+    const bool wide = params[i].scalar_type() == ScalarType::Double || forget[i].scalar_type() == ScalarType::Double ||
+                      reference[i].scalar_type() == ScalarType::Double;
     const DampenStats stats = wide ? dampen_tensor<double>(params[i], forget[i], reference[i], settings)
                                    : dampen_tensor<float>(params[i], forget[i], reference[i], settings);
     row[0] = double(stats.selected);

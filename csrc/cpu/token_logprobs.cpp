@@ -15,7 +15,8 @@ Tensor with_unit_rows(const Tensor& logits) {
 }
 
 void check_labels(const Tensor& logits, const Tensor& labels, int64_t ignore_index) {
-  STD_TORCH_CHECK(logits.dim() >= 1 && labels.dim() == logits.dim() - 1, "labels must have the shape of logits[..., 0]");
+  STD_TORCH_CHECK(
+      logits.dim() >= 1 && labels.dim() == logits.dim() - 1, "labels must have the shape of logits[..., 0]");
   int64_t rows = 1;
   for (int64_t d = 0; d < labels.dim(); ++d) {
     STD_TORCH_CHECK(labels.size(d) == logits.size(d), "labels must have the shape of logits[..., 0]");
@@ -87,8 +88,7 @@ void backward_into(
         if (label[row] == ignore_index) {
           std::fill(dx_row, dx_row + V, T{});
         } else {
-          logprob_row_backward(
-              x + offset(row), dx_row, V, label[row], g[row], RowResult<C>{lp[row], m[row], ls[row]});
+          logprob_row_backward(x + offset(row), dx_row, V, label[row], g[row], RowResult<C>{lp[row], m[row], ls[row]});
         }
       }
     });

@@ -32,16 +32,22 @@ struct Settings {
 
 template <class C, class T>
 __device__ C widen(T x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return C(__bfloat162float(x));
-  else if constexpr (std::is_same_v<T, __half>) return C(__half2float(x));
-  else return C(x);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return C(__bfloat162float(x));
+  else if constexpr (std::is_same_v<T, __half>)
+    return C(__half2float(x));
+  else
+    return C(x);
 }
 
 template <class T, class C>
 __device__ T narrow(C x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16(float(x));
-  else if constexpr (std::is_same_v<T, __half>) return __float2half(float(x));
-  else return T(x);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16(float(x));
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half(float(x));
+  else
+    return T(x);
 }
 
 // torch computes these exponents without pow; see csrc/cpu/dampen.h.
@@ -161,10 +167,12 @@ Tensor dampen_(
   const Settings settings{alpha, lam, exponent, cap};
   double* slot = static_cast<double*>(slots.mutable_data_ptr());
   for (int64_t i = 0; i < P; ++i, slot += SLOTS * 4) {
-    const bool wide = params[i].scalar_type() == ScalarType::Double ||
-                      forget[i].scalar_type() == ScalarType::Double || reference[i].scalar_type() == ScalarType::Double;
-    if (wide) dampen_tensor<double>(params[i], forget[i], reference[i], settings, slot, cuda_stream);
-    else dampen_tensor<float>(params[i], forget[i], reference[i], settings, slot, cuda_stream);
+    const bool wide = params[i].scalar_type() == ScalarType::Double || forget[i].scalar_type() == ScalarType::Double ||
+                      reference[i].scalar_type() == ScalarType::Double;
+    if (wide)
+      dampen_tensor<double>(params[i], forget[i], reference[i], settings, slot, cuda_stream);
+    else
+      dampen_tensor<float>(params[i], forget[i], reference[i], settings, slot, cuda_stream);
   }
   add_slots<<<int(P), 32, 0, cuda_stream>>>(
       static_cast<const double*>(slots.const_data_ptr()), static_cast<double*>(table.mutable_data_ptr()));

@@ -64,7 +64,10 @@ def diagonal_fisher(
         raise ValueError(f"mode is {mode!r}: it must be 'per_example' or 'batch'")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fingerprint = model_fingerprint(model)
-    sums = {name: torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
+        for name, p in parameters.items()
+    }
     count = batch_count = 0
     with _prepared(model, parameters):
         pass_ = _PerExample(model, parameters, losses, sums) if mode == "per_example" else None
@@ -125,8 +128,9 @@ class _PerExample:
         fast = {name: torch.zeros_like(self.sums[name]) for name in names}
         try:
             unfit = self._add_fast(both, n, fast, self.growth)
-        except RuntimeError:
-            # An output shared by the batch was expanded over the examples, and the model cannot take that.
+        except Exception:
+            # An output that the batch shares was expanded over the examples, and the model cannot take that. Whatever
+            # else is wrong is raised again below.
             self.growth = {call: grows or None for call, grows in self.growth.items()}
             for total in fast.values():
                 total.zero_()
@@ -145,9 +149,7 @@ class _PerExample:
         if self.slow:
             self._warn()
 
-    def _add_fast(
-        self, batch: Any, n: int, sums: Mapping[str, Tensor], growth: Mapping[Call, int | None]
-    ) -> set[str]:
+    def _add_fast(self, batch: Any, n: int, sums: Mapping[str, Tensor], growth: Mapping[Call, int | None]) -> set[str]:
         """Returns the parameters that could not be served in this batch; their sums are untouched."""
         with self.taps.accumulate(sums, n, growth) as accumulation:
             accumulation.backward(self._losses(batch, n))
@@ -187,9 +189,7 @@ class _PerExample:
                     owners[f"{module_name or 'the model itself'} ({type(module).__name__})"] = self.slow[full]
         listed = "; ".join(f"{owner}: {why}" for owner, why in list(owners.items())[:8])
         more = f"; and {len(owners) - 8} more" if len(owners) > 8 else ""
-        warnings.warn(
-            f"measured one example at a time, exact but slow: {listed}{more}", UserWarning, stacklevel=4
-        )
+        warnings.warn(f"measured one example at a time, exact but slow: {listed}{more}", UserWarning, stacklevel=4)
 
 
 def _growth(single: int, many: int | None, n: int) -> int | None:
@@ -200,7 +200,12 @@ def _growth(single: int, many: int | None, n: int) -> int | None:
 
 
 def _add_batch_gradient(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], losses: Losses, batch: Any, B: int, sums: dict[str, Tensor]
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    losses: Losses,
+    batch: Any,
+    B: int,
+    sums: dict[str, Tensor],
 ) -> None:
     for param in parameters.values():
         param.requires_grad_(True)
@@ -217,7 +222,9 @@ def _add_batch_gradient(
 def _checked_losses(values: Any, B: int) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (B,):
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise ValueError(f"losses returned {got} for a batch of {B}: it must return [B], one loss an example, not their mean")
+        raise ValueError(
+            f"losses returned {got} for a batch of {B}: it must return [B], one loss an example, not their mean"
+        )
     return values
 
 

@@ -91,7 +91,8 @@ def add_squares_of_sum_(out: Tensor, uses: Sequence[PerExampleGradient]) -> None
         Outer(torch.cat([u.inputs for u in outers], 1), torch.cat([u.grads for u in outers], 1)).add_squares_(out)
     elif all(isinstance(use, Rows) for use in uses):
         rows = [use for use in uses if isinstance(use, Rows)]
-        Rows(torch.cat([u.tokens for u in rows], 1), torch.cat([u.grads for u in rows], 1), rows[0].rows).add_squares_(out)
+        tokens, grads = torch.cat([u.tokens for u in rows], 1), torch.cat([u.grads for u in rows], 1)
+        Rows(tokens, grads, rows[0].rows).add_squares_(out)
     elif len(uses) == 2 and {type(use) for use in uses} == {Outer, Rows}:
         outer, embedding = (first, others[0]) if isinstance(first, Outer) else (others[0], first)
         _add_tied_(out, outer, embedding)  # type: ignore[arg-type]
@@ -112,7 +113,7 @@ def _add_tied_(out: Tensor, head: Outer, embedding: Rows) -> None:
         grads = head.grads[start : start + step].clone()
         for b, example_grads in enumerate(grads, start):
             tokens, place = embedding.tokens[b].unique(return_inverse=True)
-            total = (example_grads[:, tokens].T @ head.inputs[b]).to(out.dtype)
+            total = example_grads[:, tokens].to(out.dtype).T @ head.inputs[b].to(out.dtype)
             total.index_add_(0, place, embedding.grads[b].to(out.dtype))
             out.index_add_(0, tokens, total.square_())
             example_grads[:, tokens] = 0

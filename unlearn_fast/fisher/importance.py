@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,7 +22,9 @@ class Importance(Mapping[str, Tensor]):
         fingerprint: of the model that was measured, see `model_fingerprint`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, examples: int, batches: int, mode: str, fingerprint: str) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, examples: int, batches: int, mode: str, fingerprint: str
+    ) -> None:
         self._tensors = dict(tensors)
         self.examples = examples
         self.batches = batches
@@ -51,16 +52,14 @@ class Importance(Mapping[str, Tensor]):
         held = {name: t.detach().contiguous() for name, t in self.items() if name not in frozen}
         facts = {name: getattr(self, name) for name in ("examples", "batches", "mode", "fingerprint")}
         metadata = {"unlearn_fast.importance": json.dumps({**facts, "names": list(self), "frozen": frozen})}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(held, temporary, metadata)
-            with open(temporary, "rb") as file:
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Importance":
@@ -70,11 +69,14 @@ class Importance(Mapping[str, Tensor]):
         with safe_open(os.fspath(path), "pt") as file:
             record = (file.metadata() or {}).get("unlearn_fast.importance")
             if record is None:
-                raise ValueError(f"path {os.fspath(path)!r} holds no importances: it must be a file that Importance.save wrote")
+                raise ValueError(
+                    f"path {os.fspath(path)!r} holds no importances: it must be a file that Importance.save wrote"
+                )
             facts = json.loads(record)
             names, frozen = facts.pop("names"), facts.pop("frozen")
             tensors = {
-                name: torch.zeros(()).expand(frozen[name]) if name in frozen else file.get_tensor(name) for name in names
+                name: torch.zeros(()).expand(frozen[name]) if name in frozen else file.get_tensor(name)
+                for name in names
             }
         return cls(tensors, **facts)
 

@@ -86,5 +86,7 @@ def _logits(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)):
         output = output[0]
     if not isinstance(output, Tensor):
-        raise TypeError(f"the model returned a {type(output).__name__}: it must return logits, or an object with .logits")
+        raise TypeError(
+            f"the model returned a {type(output).__name__}: it must return logits, or an object with .logits"
+        )
     return output

@@ -78,7 +78,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 @dataclass
 class Convolution:
-    """The weight of a convolution: the linear layer's gradient on the unfolded input, unfolded some examples at a time."""
+    """The weight of a convolution: the linear layer's gradient on the input, unfolded some examples at a time."""
 
     module: nn.Conv2d
     x: Tensor  # [D, C, height, width], D a multiple of n
@@ -86,7 +86,9 @@ class Convolution:
     n: int
 
     def add_squares_(self, out: Tensor) -> None:
-        unfolded = self.x[0].numel() * self.module.weight[0, 0].numel() * self.x.element_size() * (len(self.x) // self.n)
+        unfolded = (
+            self.x[0].numel() * self.module.weight[0, 0].numel() * self.x.element_size() * (len(self.x) // self.n)
+        )
         step = max(1, WORKSPACE_BYTES // max(1, unfolded))
         groups = self.module.groups
         for start in range(0, self.n, step):
@@ -109,7 +111,7 @@ class Convolution:
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
             padding = 0
-        columns = nn.functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+        columns = nn.functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
         B = stop - start
         return [
             Outer(_positions(c, B), _positions(g, B))
@@ -125,4 +127,3 @@ def _positions(t: Tensor, B: int) -> Tensor:
 
 def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
-

@@ -22,8 +22,8 @@ Call = tuple[str, int]  # module name, number of its call in the forward
 class Taps:
     """The covered modules of a model, and the sums of squares that their parameters receive.
 
-    `layout[call]` says how the leading axis of a call's input grows: by this many entries an example, or 0 where it does
-    not depend on the batch (position ids, say).
+    `layout[call]` says how the leading axis of a call's input grows: by this many entries an example, or 0 where it
+    does not depend on the batch (position ids, say).
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -86,9 +86,7 @@ class Taps:
 class Accumulation:
     """One forward and backward's worth of squares."""
 
-    def __init__(
-        self, taps: Taps, sums: Mapping[str, Tensor], n: int, growth: Mapping[Call, int | None]
-    ) -> None:
+    def __init__(self, taps: Taps, sums: Mapping[str, Tensor], n: int, growth: Mapping[Call, int | None]) -> None:
         self.taps, self.sums, self.n, self.growth = taps, sums, n, growth
         self.trigger = torch.zeros((), requires_grad=True)
         self.unfit: set[str] = set()  # parameters of a call whose layout is not the known one
@@ -145,7 +143,9 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, trigger: Tensor, output: Tensor, x: Tensor, copies: int, receive: Callable[..., None]) -> Tensor:
+    def forward(
+        ctx: Any, trigger: Tensor, output: Tensor, x: Tensor, copies: int, receive: Callable[..., None]
+    ) -> Tensor:
         # Saved through the context: an in-place change of the input afterwards is then an error, not a wrong result.
         ctx.save_for_backward(x)
         ctx.copies, ctx.receive, ctx.shape = copies, receive, output.shape

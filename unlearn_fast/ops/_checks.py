@@ -1,4 +1,4 @@
-"""Checks of arguments that several operators share. Each error names the argument, what was wrong, and what is right."""
+"""Checks of arguments that several operators share. An error names the argument, what was wrong, what is right."""
 
 from torch import Tensor, float16, float32, float64, int32, int64
 from torch import bfloat16 as _bfloat16

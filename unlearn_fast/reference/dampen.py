@@ -24,6 +24,7 @@ def dampen_(
     if isinstance(params, nn.Module):
         params = dict(params.named_parameters())
     if isinstance(params, Mapping):
+        assert isinstance(forget, Mapping) and isinstance(reference, Mapping)
         names = tuple(name for name in params if name in forget and name in reference)
         skipped = tuple(name for name in params if name not in names)
         triples = [(params[name], forget[name], reference[name]) for name in names]

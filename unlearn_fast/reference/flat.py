@@ -77,7 +77,7 @@ def linear_flat_loss(
     divergence: str = "total_variation",
     formulation: str = "paper",
     ignore_index: int = -100,
-    chunk_bytes: int = 0,  # kept for the signature: the reference materialises all logits
+    chunk_bytes: int = 64 << 20,  # kept for the signature: the reference materialises all logits
 ) -> Tensor:  # []
     """flat_loss of hidden @ weight.T + bias."""
     return flat_loss(

@@ -28,7 +28,7 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,  # [V]
     ignore_index: int = -100,
-    chunk_bytes: int = 0,  # kept for the signature: the reference materialises all logits
+    chunk_bytes: int = 64 << 20,  # kept for the signature: the reference materialises all logits
 ) -> Tensor:
     """token_logprobs(hidden @ weight.T + bias, labels)."""
     return token_logprobs(torch.nn.functional.linear(hidden, weight, bias), labels, ignore_index=ignore_index)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from unlearn_fast._library import fake, implement, warn_if_slow
 from unlearn_fast._report import DampenReport
-from unlearn_fast.ops import _checks
 from unlearn_fast.ops.dampen.align import Entry, align
 from unlearn_fast.reference.dampen import dampen_one_
 

@@ -1,5 +1,6 @@
 """Brings parameters and importances together, and checks all of it before anything is written."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,11 +33,11 @@ def align(params: Any, forget: Any, reference: Any) -> Alignment:
     Mappings are matched by name (a `module.` prefix on either side does not matter), lists by position.
     """
     named = _named(params)
-    forget = _importances("forget", forget, named, params)
-    reference = _importances("reference", reference, named, params)
+    tied = _tied_names(params)
+    forget = _importances("forget", forget, named, tied, params)
+    reference = _importances("reference", reference, named, tied, params)
     entries: list[Entry] = []
     without: list[str] = []
-    tied: dict[str, str] = {}
     memory: dict[tuple[Any, ...], str] = {}
     for name, param in named.items():
         _check_parameter(name, param)
@@ -52,7 +53,7 @@ def align(params: Any, forget: Any, reference: Any) -> Alignment:
             tied[name] = memory[place]
             continue
         entries.append(_entry(name, param, f, r))
-    _check_no_partial_overlap(entries)
+    _refuse_shared_memory(entries)
     return Alignment(entries, tuple(without), tied)
 
 
@@ -64,28 +65,42 @@ def _named(params: Any) -> dict[str, Tensor]:
     elif isinstance(params, Sequence) and not isinstance(params, str):
         pairs = [(str(i), param) for i, param in enumerate(params)]
     else:
-        raise TypeError(f"params is a {type(params).__name__}: it must be a module, a mapping name -> tensor, or a list")
+        raise TypeError(
+            f"params is a {type(params).__name__}: it must be a module, a mapping name -> tensor, or a list"
+        )
     for name, param in pairs:
         if not isinstance(param, Tensor):
             raise TypeError(f"params[{name!r}] is a {type(param).__name__}: it must be a tensor")
-    return {_bare(str(name)): param.detach() for name, param in pairs}
+    return {str(name): param.detach() for name, param in pairs}
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix("module.")
+def _tied_names(params: Any) -> dict[str, str]:
+    """Further name of a module's parameter -> the name that `named_parameters` lists it under."""
+    if not isinstance(params, nn.Module):
+        return {}
+    first = {id(param): name for name, param in params.named_parameters()}
+    every = params.named_parameters(remove_duplicate=False)
+    return {name: first[id(param)] for name, param in every if first[id(param)] != name}
 
 
-def _importances(argument: str, given: Any, named: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
+def _importances(
+    argument: str, given: Any, named: dict[str, Tensor], tied: dict[str, str], params: Any
+) -> dict[str, Tensor]:
     """The importances by parameter name."""
     if isinstance(given, Mapping):
         if not isinstance(params, (nn.Module, Mapping)):
             raise TypeError(f"{argument} is a mapping and params a list: both must be of one kind")
-        by_name = {_bare(str(name)): value for name, value in given.items()}
-        bare_names = {_bare(name): name for name in named}
-        strangers = [name for name in by_name if name not in bare_names]
+        known = {name: name for name in named} | tied
+        bare = {name.removeprefix("module."): target for name, target in known.items()}
+        targets = {name: known.get(str(name), bare.get(str(name).removeprefix("module."))) for name in given}
+        strangers = [name for name, target in targets.items() if target is None]
         if strangers:
-            raise ValueError(f"{argument} has {strangers[0]!r} (of {len(strangers)} such names): params has no such name")
-        found = {bare_names[name]: value for name, value in by_name.items()}
+            raise ValueError(
+                f"{argument} has {strangers[0]!r} (of {len(strangers)} such names): params has no such name"
+            )
+        found: dict[str, Any] = {}
+        for name, target in targets.items():
+            found.setdefault(str(target), given[name])
     elif isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != len(named):
             raise ValueError(f"{argument} has {len(given)} tensors: it must have {len(named)}, as params has")
@@ -117,34 +132,39 @@ def _entry(name: str, param: Tensor, f: Tensor, r: Tensor) -> Entry:
     dtype = torch.float64 if torch.float64 in (param.dtype, f.dtype, r.dtype) else torch.float32
     f, r = (t.detach().to(device=param.device, dtype=dtype) for t in (f, r))
     # Seen in the order of its strides, a channels-last parameter is contiguous and needs no copy.
-    order = sorted(range(param.dim()), key=lambda d: -param.stride(d))
+    order = sorted(range(param.dim()), key=param.stride, reverse=True)
     return Entry(name, *(t.permute(order) for t in (param, f, r)))
 
 
-def _check_no_partial_overlap(entries: Sequence[Entry]) -> None:
+def _refuse_shared_memory(entries: Sequence[Entry]) -> None:
     """Two parameters that share part of their memory would be dampened twice there."""
-    spans = []
+    by_storage: dict[int, list[Entry]] = {}
     for entry in entries:
         if entry.param.numel():
-            last = sum((n - 1) * s for n, s in zip(entry.param.shape, entry.param.stride(), strict=True))
-            start = entry.param.data_ptr()
-            spans.append((str(entry.param.device), start, start + (last + 1) * entry.param.element_size(), entry))
-    spans.sort(key=lambda span: span[:2])
-    for (device, _, end, a), (next_device, start, _, b) in zip(spans, spans[1:], strict=False):
-        if device == next_device and start < end:
-            storage = a.param.untyped_storage().data_ptr()
-            if storage == b.param.untyped_storage().data_ptr() and not _interleaved(a.param, b.param):
-                raise ValueError(f"params {a.name!r} and {b.name!r} share part of their memory: list it once")
+            by_storage.setdefault(entry.param.untyped_storage().data_ptr(), []).append(entry)
+    for sharing in by_storage.values():
+        if _ranges_overlap(sharing):  # interleaved views are legal, so every element is marked
+            marks = torch.zeros(sharing[0].param.untyped_storage().nbytes(), dtype=torch.bool)
+            for entry in sharing:
+                own = _bytes_of(entry.param, marks)
+                if own.any():
+                    raise ValueError(f"params[{entry.name!r}] shares part of its memory with another: list it once")
+                own.fill_(True)
 
 
-def _interleaved(a: Tensor, b: Tensor) -> bool:
-    """Whether two overlapping ranges are certainly disjoint: rows of equal stride, side by side."""
-    if a.stride() != b.stride() or not a.stride():
-        return False
-    inner = 1
-    for size, stride in sorted(zip(a.shape, a.stride(), strict=True), key=lambda axis: axis[1]):
-        if stride == inner:
-            inner = stride * size
-    offset = abs(a.storage_offset() - b.storage_offset())
-    row = min((s for s in a.stride() if s >= inner), default=0)
-    return row > 0 and inner <= offset % row <= row - inner
+def _ranges_overlap(entries: Sequence[Entry]) -> bool:
+    ranges = sorted(_range(entry.param) for entry in entries)
+    return any(start < end for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+def _range(t: Tensor) -> tuple[int, int]:
+    """First and one past last byte of its storage."""
+    last = sum((int(n) - 1) * int(s) for n, s in zip(t.shape, t.stride(), strict=True))
+    start = int(t.storage_offset())
+    return start * t.element_size(), (start + last + 1) * t.element_size()
+
+
+def _bytes_of(t: Tensor, storage: Tensor) -> Tensor:
+    """The view of `storage`, one element a byte, that covers the memory of `t`."""
+    width = t.element_size()
+    return storage.as_strided((*t.shape, width), (*(s * width for s in t.stride()), 1), t.storage_offset() * width)

@@ -24,8 +24,8 @@ def linear_token_logprobs(
     """Log-probability of each label under `softmax(hidden @ weight.T + bias)`.
 
     Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row).
-    The backward computes each chunk's logits again and turns them into their gradient in place; the weight's gradient is
-    accumulated in float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
+    The backward computes each chunk's logits again and turns them into their gradient in place; the weight's gradient
+    is accumulated in float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
 
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16.
@@ -48,11 +48,14 @@ def linear_token_logprobs(
             f"weight has shape {_checks.shape(weight)}: it must be [V, H] with H = {hidden.shape[-1]}, as in hidden"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {_checks.shape(bias)}: it must be [V] with V = {weight.shape[0]}, as in weight")
+        raise ValueError(
+            f"bias has shape {_checks.shape(bias)}: it must be [V] with V = {weight.shape[0]}, as in weight"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}: it must be {hidden.dtype} on {hidden.device}, as hidden is"
+                f"{name} is {tensor.dtype} on {tensor.device}:"
+                f" it must be {hidden.dtype} on {hidden.device}, as hidden is"
             )
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
@@ -102,9 +105,7 @@ def _backward(
         inputs = rows[chunk]
         d_logits = torch.nn.functional.linear(inputs, weight, bias)  # the logits, until the next line overwrites them
         chunk_grad, *stats = (t[chunk] for t in saved)
-        torch.ops.unlearn_fast.token_logprobs_backward_(
-            chunk_grad, d_logits, flat_labels[chunk], *stats, ignore_index
-        )
+        torch.ops.unlearn_fast.token_logprobs_backward_(chunk_grad, d_logits, flat_labels[chunk], *stats, ignore_index)
         if need_hidden:
             d_rows[chunk] = d_logits @ weight
         if need_weight and wide == weight.dtype:
@@ -117,7 +118,7 @@ def _backward(
 
 
 def _chunks(labels: Tensor, weight: Tensor, ignore_index: int, chunk_bytes: int) -> Iterator[Any]:
-    """Row selections, each with at most `chunk_bytes` of logits; without the ignored rows where asking costs no sync."""
+    """Row selections of at most `chunk_bytes` of logits each; without ignored rows where asking costs no sync."""
     size = max(1, chunk_bytes // max(1, weight.shape[0] * weight.element_size()))
     if labels.device.type == "cpu":
         kept = (labels != ignore_index).nonzero().squeeze(-1)

@@ -71,9 +71,7 @@ class _OverwritingLogits(torch.autograd.Function):
         logits, labels, logp, row_max, log_sum = ctx.saved_tensors
         ctx.overwritten = True
         target = logits.detach()
-        torch.ops.unlearn_fast.token_logprobs_backward_(
-            grad, target, labels, logp, row_max, log_sum, ctx.ignore_index
-        )
+        torch.ops.unlearn_fast.token_logprobs_backward_(grad, target, labels, logp, row_max, log_sum, ctx.ignore_index)
         torch.autograd.graph.increment_version(target)
         return target, None, None
 
@@ -81,12 +79,16 @@ class _OverwritingLogits(torch.autograd.Function):
 def _refuse_needed_logits(logits: Tensor) -> None:
     """Raises where overwriting the logits in the backward could change what autograd, or the caller, still reads."""
     if _checks.may_overlap(logits) or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
-        raise ValueError("inplace_backward needs logits with stride 1 on the last axis and no overlapping (expanded) memory")
+        raise ValueError(
+            "inplace_backward needs logits with stride 1 on the last axis and no overlapping (expanded) memory"
+        )
     for tensor, what in ((logits, "logits"), (logits._base, "the tensor that logits is a view of")):
         if tensor is None:
             continue
         if tensor.is_leaf:
-            raise ValueError(f"inplace_backward would overwrite {what}, a leaf that requires grad: leave it off, or clone")
+            raise ValueError(
+                f"inplace_backward would overwrite {what}, a leaf that requires grad: leave it off, or clone"
+            )
         if _saves_its_result(tensor):
             name = tensor.grad_fn.name() if tensor.grad_fn is not None else "?"
             raise ValueError(
