@@ -19,6 +19,7 @@ def classification_losses(model: nn.Module, batch: Any) -> Tensor:  # [B]
     inputs, target = _inputs_and_target(batch)
     logits = _logits(_call(model, inputs))
     target = target.to(logits.device)
+    target = target if target.is_floating_point() else target.long()
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
             f"the model's logits have shape {list(logits.shape)} and the target {list(target.shape)}:"

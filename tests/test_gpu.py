@@ -1,0 +1,23 @@
+"""Every operator's check of `unlearn_fast verify`, on the GPU."""
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_operators_are_as_accurate_as_on_the_cpu():
+    from unlearn_fast import verify
+
+    checks = [check for check in verify.run_checks() if check.device == "cuda"]
+    assert checks
+    assert not [check for check in checks if not check.passed]
+
+
+def test_dampening_is_served_by_the_cuda_kernel():
+    from unlearn_fast import _library
+
+    assert _library.implementation("dampen_", "cuda") == "cuda", _library.missing
