@@ -30,6 +30,13 @@ def torch_directory() -> str:
     return ""
 
 
+def first_error(log: str) -> str:
+    """The first error of a build log, with the line after it: CMake puts the place first and the reason second."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
+    at = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    return " ".join(lines[at : at + 2])
+
+
 class CMakeBuild(build_ext):
     """Runs CMake. Without a compiler the package still installs, and `_build.json` keeps the reason for `info`."""
 
@@ -59,12 +66,13 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-        for command in (configure, [cmake, "--build", str(build), "-j", jobs], [cmake, "--install", str(build)]):
+        compile_ = [cmake, "--build", str(build), "-j", jobs]
+        install = [cmake, "--install", str(build)]
+        for step, command in (("configure", configure), ("compile", compile_), ("install", install)):
             done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             print(done.stdout, flush=True)
             if done.returncode:
-                errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-                return f"`{' '.join(command[:2])}` failed: {(errors or done.stdout.splitlines() or ['?'])[0].strip()}"
+                return f"cmake could not {step} the native parts: {first_error(done.stdout)}"
         return None
 
     def get_outputs(self) -> list[str]:

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from unlearn_fast import _library
 from unlearn_fast._report import DampenCounts
+from unlearn_fast.ops._checks import may_overlap
 from unlearn_fast.ops.dampen import check_settings
 
 _PARAMETERS = (np.float16, np.float32, np.float64)
@@ -44,8 +45,8 @@ def dampen_(
             raise ValueError(f"{name} has shape {array.shape}: it must have that of p, {p.shape}")
     if not p.flags.writeable:
         raise ValueError("p is read-only: open a memory map with mode 'r+', or pass a writable copy")
-    if p.size and min((s for n, s in zip(p.shape, p.strides, strict=True) if n > 1), default=1) <= 0:
-        raise ValueError("p has overlapping (broadcast) or reversed memory: give it memory of its own")
+    if may_overlap(p.shape, p.strides, p.itemsize):
+        raise ValueError("p has overlapping (broadcast, or sliding) or reversed memory: give it memory of its own")
     if _library.native is None:
         raise RuntimeError(f"the numpy door needs the compiled part: {_library.missing['native']}")
     dtype = np.float64 if np.float64 in (p.dtype, f.dtype, r.dtype) else np.float32

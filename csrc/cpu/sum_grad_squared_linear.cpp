@@ -29,6 +29,13 @@ void run(SquaresProblem<T> q) {
     q.g.stride_t = q.g.stride_b;
     std::swap(q.B, q.T_);
   }
+  std::vector<compute_t<T>> a_unit, g_unit;
+  if (square_inputs) {
+    a_unit = column_units(q.a, q.T_, q.I);
+    g_unit = column_units(q.g, q.T_, q.O);
+    q.a_unit = a_unit.data();
+    q.g_unit = g_unit.data();
+  }
   int64_t tile_o, tile_i;
   choose_tile(q.O, q.I, tile_o, tile_i);
   const int64_t across = (q.I + tile_i - 1) / tile_i, tiles = across * ((q.O + tile_o - 1) / tile_o);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/scalar.h"
@@ -31,7 +32,27 @@ struct SquaresProblem {
   Operand<T> a, g;    // inputs [B, T, I], grad_outputs [B, T, O]
   int64_t B, T_, O, I;
   double scale;
+  // Where factors are squared before their product: powers of two that bring each column of a and g near 1, so that the
+  // squares of large and small factors neither overflow nor vanish.
+  const compute_t<T>*a_unit = nullptr, *g_unit = nullptr;
 };
+
+// The power of two nearest below the largest magnitude in each column, over T positions; 1 where that is 0 or not
+// finite.
+template <class T>
+std::vector<compute_t<T>> column_units(const Operand<T>& x, int64_t T_, int64_t columns) {
+  using C = compute_t<T>;
+  std::vector<C> units(columns, C(0));
+  for (int64_t t = 0; t < T_; ++t) {
+    const T* row = x.data + t * x.stride_t;
+    for (int64_t c = 0; c < columns; ++c) units[c] = std::max(units[c], std::abs(C(load(row[c * x.stride_c]))));
+  }
+  for (C& unit : units) {
+    const int limit = std::numeric_limits<C>::max_exponent - 2;  // its inverse must be finite too
+    unit = unit > 0 && is_finite(unit) ? std::ldexp(C(1), std::clamp(std::ilogb(unit), -limit, limit)) : C(1);
+  }
+  return units;
+}
 
 template <class C>
 struct Workspace {
@@ -44,32 +65,36 @@ struct Workspace {
         sum((TILE_O + 64) * (TILE_I + 64)) {}
 };
 
-// Packs columns [begin, begin + count) of T positions into strips of `width` columns: panel[strip][t][column], zeros
-// beyond the last column.
+// Packs T positions of `count` columns into strips of `width` columns: panel[strip][t][column], zeros beyond the last
+// column. Positions go outermost, so that memory is read in its own order. With SQUARE, values are divided by their
+// column's unit and squared.
 template <bool SQUARE, int64_t width, class T>
 UNLEARN_INLINE void pack(
-    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, compute_t<T>* panel) {
+    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, const compute_t<T>* unit,
+    compute_t<T>* panel) {
   using C = compute_t<T>;
-  const auto value = [](T x) {
+  const auto value = [unit](T x, int64_t column) {
     const C loaded = load(x);
-    return SQUARE ? loaded * loaded : loaded;
+    if constexpr (!SQUARE) return loaded;
+    const C scaled = loaded / unit[column];
+    return scaled * scaled;
   };
-  for (int64_t c0 = 0; c0 < count; c0 += width, panel += T_ * width) {
-    const int64_t columns = std::min(width, count - c0);
-    const T* strip = source + c0 * stride_c;
-    if (columns < width) std::fill(panel, panel + T_ * width, C(0));
-    if (stride_c == 1 && columns == width) {
-      for (int64_t t = 0; t < T_; ++t) {
-        for (int64_t c = 0; c < width; ++c) panel[t * width + c] = value(strip[t * stride_t + c]);
+  const int64_t whole = stride_c == 1 ? count / width * width : 0;
+  for (int64_t t = 0; t < T_; ++t) {
+    const T* row = source + t * stride_t;
+    C* target = panel + t * width;
+    for (int64_t c0 = 0; c0 < whole; c0 += width, target += T_ * width) {
+      if constexpr (std::is_same_v<T, C> && !SQUARE) {  // left to itself, the compiler gathers across positions
+        std::memcpy(target, row + c0, width * sizeof(C));
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) target[c] = value(row[c0 + c], c0 + c);
       }
-    } else if (stride_c == 1) {
-      for (int64_t t = 0; t < T_; ++t) {
-        for (int64_t c = 0; c < columns; ++c) panel[t * width + c] = value(strip[t * stride_t + c]);
-      }
-    } else {
-      for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t t = 0; t < T_; ++t) panel[t * width + c] = value(strip[t * stride_t + c * stride_c]);
-      }
+    }
+    for (int64_t c0 = whole; c0 < count; c0 += width, target += T_ * width) {
+      const int64_t columns = std::min(width, count - c0);
+      for (int64_t c = 0; c < columns; ++c) target[c] = value(row[(c0 + c) * stride_c], c0 + c);
+      for (int64_t c = columns; c < width; ++c) target[c] = C(0);
     }
   }
 }
@@ -126,10 +151,10 @@ UNLEARN_INLINE void sum_over_examples(
                                                       : Epilogue::accumulate;
       pack<SQUARE, NR>(
           q.a.data + b * q.a.stride_b + t0 * q.a.stride_t + i0 * q.a.stride_c, q.a.stride_t, q.a.stride_c, t1 - t0,
-          tile_i, w.a.data());
+          tile_i, SQUARE ? q.a_unit + i0 : nullptr, w.a.data());
       pack<SQUARE, MR>(
           q.g.data + b * q.g.stride_b + t0 * q.g.stride_t + o0 * q.g.stride_c, q.g.stride_t, q.g.stride_c, t1 - t0,
-          tile_o, w.g.data());
+          tile_o, SQUARE ? q.g_unit + o0 : nullptr, w.g.data());
       for (int64_t i = 0; i < tile_i; i += NR) {
         for (int64_t o = 0; o < tile_o; o += MR) {
           micro_tile<BYTES, MR>(
@@ -142,7 +167,10 @@ UNLEARN_INLINE void sum_over_examples(
   for (int64_t o = 0; o < tile_o; ++o) {
     C* out = q.out + (o0 + o) * q.I + i0;
     const C* sum = w.sum.data() + o * stride;
-    for (int64_t i = 0; i < tile_i; ++i) out[i] += C(q.scale) * sum[i];
+    for (int64_t i = 0; i < tile_i; ++i) {
+      const C unit = SQUARE ? q.g_unit[o0 + o] * q.a_unit[i0 + i] : C(1);
+      out[i] += C(q.scale) * (sum[i] * unit * unit);
+    }
   }
 }
 

@@ -1,5 +1,7 @@
 """Checks of arguments that several operators share. An error names the argument, what was wrong, what is right."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, float16, float32, float64, int32, int64
 from torch import bfloat16 as _bfloat16
 
@@ -28,12 +30,16 @@ def labels_of_rows(name: str, labels: Tensor, rows_name: str, rows: Tensor) -> N
         raise ValueError(f"{name} is on {labels.device} and {rows_name} on {rows.device}: they must be on one device")
 
 
-def may_overlap(tensor: Tensor) -> bool:
-    """Whether two elements of the tensor may share memory (an expanded tensor, or overlapping strides)."""
-    axes = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
-    reach = 0  # the furthest offset that the axes so far address
-    for stride, size in axes:
+def may_overlap(shape: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
+    """Whether two elements may share memory (expanded or sliding views); true for reversed axes.
+
+    `width` is that of an element, in the unit of the strides.
+    """
+    if 0 in shape:
+        return False
+    reach = width - 1  # the furthest offset that the axes so far address
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size > 1):
         if stride <= reach:
-            return tensor.numel() > 0
+            return True
         reach += stride * (size - 1)
     return False

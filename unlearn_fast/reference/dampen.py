@@ -23,17 +23,12 @@ def dampen_(
     """p <- p * min((lam * r / f)^exponent, cap) where f > alpha * r, in place; names and shapes must agree."""
     if isinstance(params, nn.Module):
         params = dict(params.named_parameters())
-    if isinstance(params, Mapping):
-        assert isinstance(forget, Mapping) and isinstance(reference, Mapping)
-        names = tuple(name for name in params if name in forget and name in reference)
-        skipped = tuple(name for name in params if name not in names)
-        triples = [(params[name], forget[name], reference[name]) for name in names]
-    else:
-        names, skipped = tuple(str(i) for i in range(len(params))), ()
-        triples = list(zip(params, forget, reference, strict=True))
-    stats = [dampen_one_(*triple, alpha, lam, exponent, cap) for triple in triples]
+    p = params if isinstance(params, Mapping) else {str(i): tensor for i, tensor in enumerate(params)}
+    f, r = (x if isinstance(x, Mapping) else dict(zip(p, x, strict=True)) for x in (forget, reference))
+    names = tuple(name for name in p if name in f and name in r)
+    stats = [dampen_one_(p[name], f[name], r[name], alpha, lam, exponent, cap) for name in names]
     table = torch.stack(stats) if stats else torch.zeros(0, 4, dtype=torch.float64)
-    return DampenReport(names, tuple(p.numel() for p, _, _ in triples), table, skipped)
+    return DampenReport(names, tuple(p[n].numel() for n in names), table, tuple(n for n in p if n not in names))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Selective dampening of parameters, in place."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,8 +33,8 @@ def dampen_(
 
     f and r are a parameter's importance to the forget set and to the reference set (diagonal Fisher information, see
     `diagonal_fisher`). f = 0 leaves p unchanged; r = 0 < f makes it exactly 0; a NaN importance leaves it unchanged and
-    is counted in the report. Float32 results equal the released code bit for bit for exponents 1, 1/2, 2 and 3 (any
-    other power may differ in the last bit); 16-bit parameters are computed in float32 and rounded once.
+    is counted in the report. Float32 results equal the released code bit for bit for exponents 1, 2 and 3; other powers
+    are rounded correctly, which torch's own are not always. 16-bit parameters are computed in float32 and rounded once.
 
     Args:
         params: a module, a mapping name -> tensor, or a list. Any shape and strides, but no expanded memory. A tensor
@@ -61,7 +62,9 @@ def dampen_(
     for device, entries in _by_device(alignment.entries).items():
         warn_if_slow(device.type)
         p, f, r = zip(*((e.param, e.forget, e.reference) for e in entries), strict=True)
-        tables.append(torch.ops.unlearn_fast.dampen_(list(p), list(f), list(r), alpha, lam, exponent, cap))
+        tables.append(
+            torch.ops.unlearn_fast.dampen_(list(p), list(f), list(r), *map(float, (alpha, lam, exponent, cap)))
+        )
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version([t for t in p if not t.is_inference()])
     ordered = [e for entries in _by_device(alignment.entries).values() for e in entries]
@@ -81,10 +84,12 @@ def dampen_(
 def check_settings(alpha: float, lam: float, exponent: float, cap: float) -> None:
     """Raises where a setting is negative, zero for the exponent, or not a number."""
     for name, value in (("alpha", alpha), ("lam", lam), ("exponent", exponent), ("cap", cap)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} is {value!r}: it must be a number")
         if math.isnan(value) or value < 0 or (name == "exponent" and value == 0):
             raise ValueError(f"{name} is {value}: it must be {'> 0' if name == 'exponent' else '>= 0'}")
+    if math.isinf(lam):
+        raise ValueError("lam is inf: it must be finite, because inf * 0 is no factor")
 
 
 def _by_device(entries: Sequence[Entry]) -> dict[torch.device, list[Entry]]:

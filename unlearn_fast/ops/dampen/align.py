@@ -53,7 +53,8 @@ def align(params: Any, forget: Any, reference: Any) -> Alignment:
             tied[name] = memory[place]
             continue
         entries.append(_entry(name, param, f, r))
-    _refuse_shared_memory(entries)
+    if not torch.compiler.is_compiling():  # which knows no addresses
+        _refuse_shared_memory(entries)
     return Alignment(entries, tuple(without), tied)
 
 
@@ -100,7 +101,8 @@ def _importances(
             )
         found: dict[str, Any] = {}
         for name, target in targets.items():
-            found.setdefault(str(target), given[name])
+            if found.setdefault(str(target), given[name]) is not given[name]:
+                raise ValueError(f"{argument} has two importances for {target!r}, one of them as {name!r}: give one")
     elif isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != len(named):
             raise ValueError(f"{argument} has {len(given)} tensors: it must have {len(named)}, as params has")
@@ -123,7 +125,7 @@ def _check_parameter(name: str, param: Tensor) -> None:
     _checks.floating(f"params[{name!r}]", param)
     if param.layout != torch.strided:
         raise TypeError(f"params[{name!r}] has layout {param.layout}: it must be a dense (strided) tensor")
-    if _checks.may_overlap(param):
+    if _checks.may_overlap(param.shape, param.stride()):
         raise ValueError(f"params[{name!r}] has overlapping (expanded) memory: give it memory of its own")
 
 

@@ -1,6 +1,7 @@
 """Token log-probabilities from hidden states and the lm_head: the [N, V] logits never exist."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def linear_token_logprobs(
     is accumulated in float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
 
     Args:
-        hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16.
+        hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16. All is
+            computed in that dtype's precision, under autocast too.
         labels: [...] in int64 or int32, each in [0, V) or `ignore_index`. They are not shifted here.
         ignore_index: rows with this label give 0 and an exactly zero gradient.
         chunk_bytes: upper limit, in bytes, of the logits that exist at a time.
@@ -66,10 +68,22 @@ def linear_token_logprobs(
 # -- the operator: torch's matrix product on chunks, the row kernel between --------------------------------------------
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The products run in the dtype of the inputs: autocast would give forward and backward different logits."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    return run
+
+
+@_without_autocast
 def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     results = tuple(hidden.new_zeros(flat_labels.shape, dtype=dtype) for _ in range(3))
     for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
@@ -77,9 +91,11 @@ def _forward(
         values = torch.ops.unlearn_fast.token_logprobs(logits, flat_labels[chunk], ignore_index)
         for result, value in zip(results, values, strict=True):
             result[chunk] = value
+        del logits  # before the next chunk's are made
     return tuple(result.view(labels.shape) for result in results)  # type: ignore[return-value]
 
 
+@_without_autocast
 def _backward(
     grad: Tensor,
     hidden: Tensor,
@@ -96,10 +112,10 @@ def _backward(
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
     need_hidden, need_weight, need_bias = needs
     wide = logp.dtype
-    rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     saved = [t.reshape(-1) for t in (grad, logp, row_max, log_sum)]
     d_rows = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else weight.new_empty(0)
+    d_weight = weight.new_zeros(weight.shape, dtype=wide) if need_weight else weight.new_empty(0)
     d_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else weight.new_empty(0)
     for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
         inputs = rows[chunk]
@@ -108,12 +124,15 @@ def _backward(
         torch.ops.unlearn_fast.token_logprobs_backward_(chunk_grad, d_logits, flat_labels[chunk], *stats, ignore_index)
         if need_hidden:
             d_rows[chunk] = d_logits @ weight
+        if hidden.device.type != "cpu":  # ignored rows are still here, and 0 * NaN would reach the weight
+            inputs = inputs.masked_fill((flat_labels[chunk] == ignore_index).unsqueeze(-1), 0)
         if need_weight and wide == weight.dtype:
             d_weight.addmm_(d_logits.T, inputs)
         elif need_weight:
             d_weight += d_logits.T @ inputs
         if need_bias:
             d_bias += d_logits.sum(0, dtype=wide)
+        del d_logits
     return d_rows.view(hidden.shape) if need_hidden else d_rows, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 

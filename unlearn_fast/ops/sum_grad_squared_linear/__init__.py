@@ -64,7 +64,7 @@ def _check(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
             f"out is on {out.device}, inputs on {inputs.device}, grad_outputs on {grad_outputs.device}:"
             " they must be on one device"
         )
-    if _checks.may_overlap(out):
+    if _checks.may_overlap(out.shape, out.stride()):
         raise ValueError("out has overlapping (expanded) memory: give it memory of its own")
 
 

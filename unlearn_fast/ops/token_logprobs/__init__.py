@@ -78,7 +78,7 @@ class _OverwritingLogits(torch.autograd.Function):
 
 def _refuse_needed_logits(logits: Tensor) -> None:
     """Raises where overwriting the logits in the backward could change what autograd, or the caller, still reads."""
-    if _checks.may_overlap(logits) or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
+    if _checks.may_overlap(logits.shape, logits.stride()) or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise ValueError(
             "inplace_backward needs logits with stride 1 on the last axis and no overlapping (expanded) memory"
         )
@@ -114,10 +114,11 @@ def _forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     ignored = labels == ignore_index
     label = labels.masked_fill(ignored, 0).long().unsqueeze(-1)
     wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    others_over_own = wide.scatter(-1, label, -torch.inf).logsumexp(-1) - wide.gather(-1, label).squeeze(-1)
-    logp = -torch.logaddexp(others_over_own, torch.zeros_like(others_over_own))
     row_max = wide.amax(-1)
-    log_sum = (wide - row_max.unsqueeze(-1)).logsumexp(-1)
+    below = wide - row_max.unsqueeze(-1)
+    log_sum = below.logsumexp(-1)
+    others_over_own = below.scatter(-1, label, -torch.inf).logsumexp(-1) - below.gather(-1, label).squeeze(-1)
+    logp = -torch.logaddexp(others_over_own, torch.zeros_like(others_over_own))
     logp = logp.masked_fill(row_max == torch.inf, torch.nan)  # as log_softmax has it
     return logp.masked_fill(ignored, 0), row_max, log_sum
 
