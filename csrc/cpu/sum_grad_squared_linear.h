@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "cpu/scalar.h"
@@ -54,15 +55,15 @@ std::vector<compute_t<T>> column_units(const Operand<T>& x, int64_t T_, int64_t 
   return units;
 }
 
+// Panels are padded to whole strips, at most 64 columns more than a tile. All are aligned to vectors.
 template <class C>
-struct Workspace {
-  std::vector<C> a, g, product, sum;
-  // Panels are padded to whole strips: at most 64 columns more than a tile.
-  Workspace()
-      : a(TILE_T * (TILE_I + 64)),
-        g(TILE_T * (TILE_O + 64)),
-        product((TILE_O + 64) * (TILE_I + 64)),
-        sum((TILE_O + 64) * (TILE_I + 64)) {}
+class Workspace {
+  static constexpr int64_t A = TILE_T * (TILE_I + 64), G = TILE_T * (TILE_O + 64), SUM = (TILE_O + 64) * (TILE_I + 64);
+  std::unique_ptr<C[]> memory_{new C[A + G + 2 * SUM + 64 / sizeof(C)]};
+
+ public:
+  C* a = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+  C *g = a + A, *product = g + G, *sum = product + SUM;
 };
 
 // Packs T positions of `count` columns into strips of `width` columns: panel[strip][t][column], zeros beyond the last
@@ -139,7 +140,7 @@ UNLEARN_INLINE void sum_over_examples(
   using C = compute_t<T>;
   constexpr int64_t NR = 2 * BYTES / sizeof(C);
   const int64_t stride = (tile_i + NR - 1) / NR * NR;
-  std::fill(w.sum.begin(), w.sum.begin() + (tile_o + MR) * stride, C(0));
+  std::fill(w.sum, w.sum + (tile_o + MR) * stride, C(0));
   const int64_t pieces = (q.T_ + TILE_T - 1) / TILE_T;
   for (int64_t b = 0; b < q.B; ++b) {
     for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -151,22 +152,22 @@ UNLEARN_INLINE void sum_over_examples(
                                                       : Epilogue::accumulate;
       pack<SQUARE, NR>(
           q.a.data + b * q.a.stride_b + t0 * q.a.stride_t + i0 * q.a.stride_c, q.a.stride_t, q.a.stride_c, t1 - t0,
-          tile_i, SQUARE ? q.a_unit + i0 : nullptr, w.a.data());
+          tile_i, SQUARE ? q.a_unit + i0 : nullptr, w.a);
       pack<SQUARE, MR>(
           q.g.data + b * q.g.stride_b + t0 * q.g.stride_t + o0 * q.g.stride_c, q.g.stride_t, q.g.stride_c, t1 - t0,
-          tile_o, SQUARE ? q.g_unit + o0 : nullptr, w.g.data());
+          tile_o, SQUARE ? q.g_unit + o0 : nullptr, w.g);
       for (int64_t i = 0; i < tile_i; i += NR) {
         for (int64_t o = 0; o < tile_o; o += MR) {
           micro_tile<BYTES, MR>(
-              w.g.data() + o * (t1 - t0), w.a.data() + i * (t1 - t0), t1 - t0, w.product.data() + o * stride + i,
-              w.sum.data() + o * stride + i, stride, epilogue);
+              w.g + o * (t1 - t0), w.a + i * (t1 - t0), t1 - t0, w.product + o * stride + i, w.sum + o * stride + i,
+              stride, epilogue);
         }
       }
     }
   }
   for (int64_t o = 0; o < tile_o; ++o) {
     C* out = q.out + (o0 + o) * q.I + i0;
-    const C* sum = w.sum.data() + o * stride;
+    const C* sum = w.sum + o * stride;
     for (int64_t i = 0; i < tile_i; ++i) {
       const C unit = SQUARE ? q.g_unit[o0 + o] * q.a_unit[i0 + i] : C(1);
       out[i] += C(q.scale) * (sum[i] * unit * unit);
