@@ -25,9 +25,7 @@ def collect() -> dict[str, Any]:
         "machine": machine(),
         "build": _build(),
         "missing": dict(_library.missing),
-        "operators": {
-            name: {device: _served(name, device) for device in ("cpu", "cuda")} for name in _library.SCHEMAS
-        },
+        "operators": {name: {device: _served(name, device) for device in ("cpu", "cuda")} for name in _library.SCHEMAS},
     }
 
 

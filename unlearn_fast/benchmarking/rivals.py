@@ -1,7 +1,10 @@
 """The formulations that the operators replace: what people write in plain torch, and what released code does."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
@@ -43,3 +46,55 @@ def einsum_sum_grad_squared_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) 
 def weight_gradient_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
     """The ordinary weight gradient: the same FLOPs, and no squares."""
     torch.mm(grad_outputs.flatten(0, -2).T, inputs.flatten(0, -2), out=out)
+
+
+def released_flat_loss(
+    template_logits: Tensor,  # [B, T, V]
+    template_labels: Tensor,  # [B, T]
+    forget_logits: Tensor,  # [B, T', V]
+    forget_labels: Tensor,  # [B, T']
+) -> Tensor:  # []
+    """The released FLAT code's order of operations: sequence by sequence, the softmax of all positions, then a mask."""
+    template = _mean_probability(template_logits[:, :-1], template_labels[:, 1:])
+    return _mean_probability(forget_logits[:, :-1], forget_labels[:, 1:]).tanh() / 2 - template.tanh() / 2
+
+
+def _mean_probability(logits: Tensor, labels: Tensor) -> Tensor:  # [B, T, V], [B, T] -> []
+    means = []
+    for row, label in zip(logits, labels, strict=True):
+        labelled = label != -100
+        p = row.softmax(-1).gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        means.append((p * labelled).mean())
+    return torch.stack(means).mean()
+
+
+Losses = Callable[[nn.Module, Any], Tensor]
+
+
+def one_example_fisher(model: nn.Module, batches: Sequence[Tensor], losses: Losses) -> tuple[Tensor, ...]:
+    """The definition: the square of every single example's gradient, in the order of `model.parameters()`."""
+    parameters = list(model.parameters())
+    sums = [torch.zeros_like(p) for p in parameters]
+    for batch in batches:
+        for example in batch.split(1):
+            for total, grad in zip(sums, torch.autograd.grad(losses(model, example).sum(), parameters), strict=True):
+                total += grad.square()
+    return tuple(total / sum(map(len, batches)) for total in sums)
+
+
+def released_fisher(model: nn.Module, batches: Sequence[Tensor], losses: Losses) -> tuple[Tensor, ...]:
+    """The released SSD code's importance: the square of each batch's mean gradient, which is another quantity."""
+    parameters = list(model.parameters())
+    sums = [torch.zeros_like(p) for p in parameters]
+    for batch in batches:
+        for total, grad in zip(sums, torch.autograd.grad(losses(model, batch).mean(), parameters), strict=True):
+            total += grad.square()
+    return tuple(total / len(batches) for total in sums)
+
+
+def ordinary_gradients(model: nn.Module, batches: Sequence[Tensor], losses: Losses) -> tuple[Tensor, ...]:
+    """One ordinary forward and backward a batch, as in training without the optimiser; the last batch's gradients."""
+    parameters = list(model.parameters())
+    for batch in batches:
+        gradients = torch.autograd.grad(losses(model, batch).mean(), parameters)
+    return gradients

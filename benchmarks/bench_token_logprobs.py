@@ -1,0 +1,7 @@
+"""Benchmarks of token_logprobs; its cases are in `unlearn_fast/benchmarking/cases.py`."""
+
+from collections.abc import Callable
+
+
+def test_token_logprobs(run_case: Callable[[], None]) -> None:
+    run_case()

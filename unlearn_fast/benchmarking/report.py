@@ -1,0 +1,92 @@
+"""What the benchmarks say, for people and as JSON."""
+
+from typing import Any
+
+import torch
+
+from unlearn_fast import info
+from unlearn_fast.benchmarking import measure
+from unlearn_fast.benchmarking.measure import Outcome, Timing
+
+
+def text(outcomes: list[Outcome]) -> str:
+    """One block of lines a case."""
+    lines = [
+        f"median of {measure.ROUNDS} rounds, {torch.get_num_threads()} threads;"
+        " ratio: time over ours; extra memory: peak beyond the inputs;",
+        "ceiling: share of what this machine's copy, or float32 matrix product, reaches on the same cost;"
+        " (other work): timed for scale, not a rival",
+    ]
+    for outcome in outcomes:
+        unit = "GFLOP/s" if outcome.case.cost.flops else "GB/s"
+        lines += [
+            "",
+            f"{outcome.case.name}  (ceiling {outcome.ceiling * 1e3:.3g} ms at {outcome.rate / 1e9:.3g} {unit})",
+        ]
+        rows = [_row(outcome, timing) for timing in outcome.timings]
+        lines += [f"  {line}" for line in info.table(("", f"{'ms':>9}", "ratio", "extra memory", "ceiling"), rows)]
+    return "\n".join(lines)
+
+
+def _row(outcome: Outcome, timing: Timing) -> tuple[str, ...]:
+    name = timing.name + (" (other work)" if timing.kind == "yardstick" else "")
+    if timing.median is None:
+        return name, "not timed:", timing.failure, "", ""
+    ratio, share, peak = outcome.ratio(timing), outcome.share(timing), timing.peak_bytes
+    return (
+        name,
+        f"{timing.median * 1e3:9.3f}",
+        f"{ratio:5.2f}" if ratio else "",
+        f"{peak / 2**20:8.1f} MiB" if peak is not None else "unknown",
+        f"{share:7.1%}" if share else "",
+    )
+
+
+def as_json(outcomes: list[Outcome], command: str) -> dict[str, Any]:
+    """Everything that is needed to judge the numbers, and every round's time."""
+    rates: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        unit = "gemm_flops_per_second" if outcome.case.cost.flops else "copy_bytes_per_second"
+        rates.setdefault(unit, []).append(outcome.rate)
+    return {
+        "command": command,
+        "versions": info.versions(),
+        "machine": info.machine() | {"last_level_cache_bytes": measure.last_level_cache_bytes()},
+        "method": {
+            "statistic": "median of the rounds; ratio of medians to ours",
+            "order": "one process, the implementations take turns",
+            "rounds": measure.ROUNDS,
+            "warm_up_rounds": measure.WARM_UP,
+            "error": "largest, relative to the float64 element or to the mean magnitude of its tensor",
+            "ceiling": f"a copy of the same bytes, or a float32 matrix product of size {measure.GEMM}, timed in turn",
+            "peak_bytes": "resident memory at its highest less that before the run, in a process of its own",
+        },
+        "ceilings": {name: max(values) for name, values in rates.items()},
+        "cases": [_case_as_json(outcome) for outcome in outcomes],
+    }
+
+
+def _case_as_json(outcome: Outcome) -> dict[str, Any]:
+    case = outcome.case
+    return {
+        "operator": case.operator,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "variant": case.variant,
+        "cost": case.cost._asdict(),
+        "ceiling_ms": outcome.ceiling * 1e3,
+        "timings": [
+            {
+                "name": timing.name,
+                "kind": timing.kind,
+                "ms": timing.median and timing.median * 1e3,
+                "ratio": outcome.ratio(timing),
+                "share_of_ceiling": outcome.share(timing),
+                "peak_bytes": timing.peak_bytes,
+                "error": timing.error if timing.error != float("inf") else None,  # JSON has no infinity
+                "failure": timing.failure,
+                "rounds_ms": [seconds * 1e3 for seconds in timing.seconds],
+            }
+            for timing in outcome.timings
+        ],
+    }

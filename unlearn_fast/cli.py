@@ -1,0 +1,169 @@
+"""The command line: `unlearn_fast info | verify | bench | demo`."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import unlearn_fast
+
+STDOUT = "-"
+
+# What a command needs beyond the package's own dependencies: module -> the extra that installs it.
+DEMO_NEEDS = {"sklearn": "demo", "transformers": "demo", "matplotlib": "demo"}
+PLOT_NEEDS = {"matplotlib": "bench"}
+
+
+class UsageError(Exception):
+    """What the user can put right: reported without a traceback, exit status 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0; 1 where a check failed; 2 for wrong usage or a missing optional package."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UsageError as error:
+        print(f"unlearn_fast: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unlearn_fast", description=unlearn_fast.__doc__)
+    parser.add_argument("--version", action="version", version=f"unlearn_fast {unlearn_fast.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, devices, and what serves each operator here, and why")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    verify = commands.add_parser("verify", help="check every operator on this machine against float64")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="time every operator against its rivals and this machine's ceilings")
+    bench.add_argument("operators", nargs="*", metavar="OP", help="only these operators")
+    bench.add_argument(
+        "--quick", action="store_true", help="smallest cases: shows that all works; the times mean little"
+    )
+    bench.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help="write JSON to FILE, or print it")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times to FILE.png")
+    bench.add_argument("--threads", type=int, metavar="N", help="threads that torch and the operators use")
+    bench.set_defaults(run=_bench)
+
+    demo = commands.add_parser("demo", help="watch real models forget: SSD on digits, FLAT on a small language model")
+    demo.add_argument("--quick", action="store_true", help="smaller models and fewer steps")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR", help="for tables and pictures (default: out)"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from unlearn_fast import info
+
+    collected = info.collect()
+    print(_json(collected) if arguments.json else info.text(collected))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from unlearn_fast import verify
+
+    checks = list(_progress(verify.run_checks(), "verify", unit="check"))
+    print(_json(verify.as_json(checks)) if arguments.json else verify.text(checks))
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from unlearn_fast.benchmarking import cases, report
+    from unlearn_fast.benchmarking.measure import measure
+
+    _check_bench(arguments, cases.operators())
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    chosen = [
+        case
+        for case in (cases.smallest() if arguments.quick else cases.full())
+        if not arguments.operators or case.operator in arguments.operators
+    ]
+    outcomes = [measure(case, cold=not arguments.quick) for case in _progress(chosen, "bench", unit="case")]
+    if arguments.plot is not None:
+        from unlearn_fast.benchmarking.plot import plot
+
+        plot(outcomes, arguments.plot)
+    if arguments.json is not None:
+        document = _json(report.as_json(outcomes, _command(arguments)))
+        if arguments.json == STDOUT:
+            print(document)
+        else:
+            Path(arguments.json).write_text(document + "\n")
+    if arguments.json != STDOUT:
+        print(report.text(outcomes))
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def _check_bench(arguments: argparse.Namespace, operators: list[str]) -> None:
+    """Finds what is wrong before minutes are spent."""
+    for name in arguments.operators:
+        if name not in operators:
+            raise UsageError(f"bench: no operator {name!r}: choose from {', '.join(operators)}")
+    if arguments.json in operators:
+        raise UsageError(f"bench: --json takes {arguments.json!r} as its file: name the operators before the options")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"bench: --threads is {arguments.threads}: it must be at least 1")
+    if arguments.plot is not None:
+        _require(PLOT_NEEDS, "bench --plot")
+        if arguments.plot.suffix != ".png":
+            raise UsageError(f"bench: --plot is {str(arguments.plot)!r}: it must end in .png")
+    for file in (arguments.json, arguments.plot):
+        if file not in (None, STDOUT):
+            _make_parent(Path(file))
+
+
+def _make_parent(file: Path) -> None:
+    if file.is_dir():
+        raise UsageError(f"bench: {file} is a directory: it must be a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"bench: {file} cannot be written: {error}") from error
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    words = ["unlearn_fast", "bench", *arguments.operators]
+    words += ["--quick"] if arguments.quick else []
+    words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
+    return " ".join(words)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _require(DEMO_NEEDS, "demo")
+    from unlearn_fast import demo
+
+    demo.main(arguments.out, quick=arguments.quick)
+    return 0
+
+
+def _require(modules: Mapping[str, str], command: str) -> None:
+    """Raises where one of the modules is not installed, naming the extra that brings it."""
+    for module, extra in modules.items():
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"{command} needs {module}, which is not installed: pip install 'unlearn_fast[{extra}]'")
+
+
+def _progress(items: Iterable[Any], name: str, unit: str) -> Iterable[Any]:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=name, unit=unit, leave=False, file=sys.stderr, disable=None)  # None: only in a terminal
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False)

@@ -1,0 +1,247 @@
+"""What `verify` computes: every operator in ordinary and in awkward shapes, on ordinary and on hostile values."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import unlearn_fast
+from unlearn_fast import losses, reference
+from unlearn_fast.losses.divergences import PAPER
+from unlearn_fast.reference import flat
+
+Tensors = dict[str, Tensor]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What to compute from which inputs; `run` works with either library, which have the same names and signatures."""
+
+    operator: str
+    name: str
+    inputs: Callable[[torch.Generator], Tensors]  # float64, and integers
+    run: Callable[[ModuleType, Tensors], Tensors]
+    ours: ModuleType = unlearn_fast
+    reference: ModuleType = reference
+    wide: tuple[str, ...] = ()  # inputs that stay in at least float32
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    ulps: float = 4.0  # torch is sometimes exact by luck; exp, sum, log and product may each cost an ulp
+    cancels: bool = False  # results are sums whose terms cancel: errors count relative to the tensor's root mean square
+    beyond_torch: bool = False  # torch loses the result there: its own error does not count
+
+
+def scenarios() -> Iterator[Scenario]:
+    yield from _token_scenarios()
+    yield from _linear_scenarios()
+    yield from _squares_scenarios()
+    yield from _dampen_scenarios()
+    yield from _flat_scenarios()
+
+
+def _token_scenarios() -> Iterator[Scenario]:
+    name = "token_logprobs"
+    shapes = [(1, 1), (7, 2), (2, 3, 33), (5, 1031), (3, 4097), (0, 5)]
+    for shape, inplace in itertools.product(shapes, (False, True)):
+        title = f"{list(shape)}{', in place' if inplace else ''}"
+        yield Scenario(name, title, _logits(shape), _token_logprobs(inplace=inplace))
+    yield Scenario(name, "[3, 6, 129] without its last position", _logits((3, 6, 129)), _token_logprobs(shifted=True))
+    # Multiples of 1/8, so that no dtype rounds the distances between logits.
+    confident = _logits((6, 65), ignore=False, spread=lambda z: (z * 8).round() / 8, lift=24.0)
+    single = (torch.float32, torch.bfloat16, torch.float16)  # the float64 reference has no digits of 1 - p to spare
+    yield Scenario(name, "[6, 65], p near 1", confident, _token_logprobs(), dtypes=single, beyond_torch=True)
+    huge = _logits((4, 300), spread=lambda z: z * 60)
+    yield Scenario(name, "[4, 300], logits up to 200", huge, _token_logprobs())
+
+
+def _logits(
+    shape: tuple[int, ...],
+    ignore: bool = True,
+    spread: Callable[[Tensor], Tensor] = lambda z: z,
+    lift: float = 0.0,  # what is added to the label's logit
+) -> Callable[[torch.Generator], Tensors]:
+    def inputs(generator: torch.Generator) -> Tensors:
+        labels = torch.randint(shape[-1], shape[:-1], generator=generator)
+        logits = spread(torch.randn(shape, generator=generator, dtype=torch.float64))
+        logits += lift * torch.nn.functional.one_hot(labels, shape[-1])
+        if ignore and labels.numel() > 2:
+            labels.view(-1)[1] = -100
+        return {"logits": logits, "labels": labels, "grad": _cotangent(shape[:-1], generator)}
+
+    return inputs
+
+
+def _token_logprobs(inplace: bool = False, shifted: bool = False) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        leaf, labels = x["logits"].requires_grad_(), x["labels"]
+        logits, grad = leaf * 1, x["grad"]  # not a leaf, which must not be overwritten; * 1 is exact
+        if shifted:
+            logits, labels, grad = logits[:, :-1], labels[:, 1:], grad[:, 1:]
+        logp = library.token_logprobs(logits, labels, inplace_backward=inplace)
+        (gradient,) = torch.autograd.grad(logp, leaf, grad.to(logp.dtype))
+        return {"value": logp, "grad of logits": gradient}
+
+    return run
+
+
+def _linear_scenarios() -> Iterator[Scenario]:
+    for N, H, V, chunk_bytes in ((1, 1, 1, 1), (5, 3, 7, 64), (9, 64, 1025, 3 * 8 * 1025), (0, 4, 6, 64)):
+        title = f"[{N}, {H}] x [{V}, {H}], chunks of {chunk_bytes} bytes"
+        run = _linear_token_logprobs(chunk_bytes)
+        yield Scenario("linear_token_logprobs", title, _hidden(N, H, V), run, ulps=16, cancels=True)
+
+
+def _hidden(N: int, H: int, V: int) -> Callable[[torch.Generator], Tensors]:
+    def inputs(generator: torch.Generator) -> Tensors:
+        hidden, weight, bias = (
+            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, H), (V, H), (V,))
+        )
+        labels = torch.randint(V, (N,), generator=generator)
+        labels[2:3] = -100
+        return {
+            "hidden": hidden, "weight": weight / H**0.5, "bias": bias, "labels": labels,
+            "grad": _cotangent((N,), generator),
+        }  # fmt: skip
+
+    return inputs
+
+
+def _linear_token_logprobs(chunk_bytes: int) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        leaves = {name: x[name].requires_grad_() for name in ("hidden", "weight", "bias")}
+        logp = library.linear_token_logprobs(**leaves, labels=x["labels"], chunk_bytes=chunk_bytes)
+        gradients = torch.autograd.grad(logp, list(leaves.values()), x["grad"].to(logp.dtype))
+        return {"value": logp, **{f"grad of {n}": g for n, g in zip(leaves, gradients, strict=True)}}
+
+    return run
+
+
+def _squares_scenarios() -> Iterator[Scenario]:
+    name = "sum_grad_squared_linear_"
+    for B, T, O, I in ((1, 1, 1, 1), (3, 7, 5, 11), (4, 1, 33, 65), (2, 300, 97, 130), (5, 0, 3, 2)):  # noqa: E741
+        yield Scenario(name, f"B {B}, T {T}, O {O}, I {I}", _products((B, T), O, I), _add_squares())
+    yield Scenario(name, "B 9, O 17, I 31, no T", _products((9,), 17, 31), _add_squares())
+    swapped = _add_squares(swap=True)
+    yield Scenario(name, "B 6, T 5, O 12, I 40, B and T swapped in memory", _products((5, 6), 12, 40), swapped)
+
+
+def _products(leading: tuple[int, ...], O: int, I: int) -> Callable[[torch.Generator], Tensors]:  # noqa: E741
+    def inputs(generator: torch.Generator) -> Tensors:
+        shapes = {"out": (O, I), "inputs": (*leading, I), "grad_outputs": (*leading, O)}
+        return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+    return inputs
+
+
+def _add_squares(swap: bool = False) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        a, g = x["inputs"], x["grad_outputs"]
+        out = x["out"].to(torch.promote_types(a.dtype, torch.float32)).abs()
+        if swap:
+            a, g = a.transpose(0, 1), g.transpose(0, 1)
+        return {"out": library.sum_grad_squared_linear_(out, a, g, scale=0.3)}
+
+    return run
+
+
+def _dampen_scenarios() -> Iterator[Scenario]:
+    wide = ("forget", "reference")
+    for n in (0, 1, 127, 70_001):
+        yield Scenario("dampen_", f"[{n}]", importances(n), _dampen(), wide=wide)
+    yield Scenario("dampen_", "[128], every second element", importances(256), _dampen(step=2), wide=wide)
+    yield Scenario("dampen_", "[999], importances in the parameter's dtype", importances(999), _dampen())
+    yield Scenario("dampen_", "[999], exponent 0.5", importances(999), _dampen(exponent=0.5), wide=wide)
+    yield Scenario("dampen_", "zero, infinite and NaN", _hostile, _dampen(), wide=wide)
+
+
+def importances(n: int) -> Callable[[torch.Generator], Tensors]:
+    def inputs(generator: torch.Generator) -> Tensors:
+        p, f, r = torch.randn(3, n, generator=generator, dtype=torch.float64)
+        return {"params": p, "forget": (2 * f - 4).exp(), "reference": (2 * r - 4).exp()}
+
+    return inputs
+
+
+def _hostile(_: torch.Generator) -> Tensors:
+    special = (0.0, 1e-30, 1.0, float("inf"), float("nan"))
+    p, f, r = zip(*itertools.product((1.5, 0.0, -2.0), special, special), strict=True)
+    return {n: torch.tensor(x, dtype=torch.float64) for n, x in (("params", p), ("forget", f), ("reference", r))}
+
+
+def _dampen(step: int = 1, exponent: float = 1.0) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        p, f, r = (x[name][::step] for name in ("params", "forget", "reference"))
+        report = library.dampen_([p], [f], [r], alpha=2.0, lam=3.0, exponent=exponent, cap=0.9)
+        return {"params": x["params"], "counts": report.stats[:, :3]}
+
+    return run
+
+
+def _flat_scenarios() -> Iterator[Scenario]:
+    options: dict[str, Any] = {
+        "ours": losses,
+        "reference": flat,
+        "cancels": True,
+        "ulps": 32,
+    }  # exp(log p) costs |log p|
+    for divergence, formulation in itertools.product(PAPER, ("paper", "official")):
+        title = f"{divergence}, {formulation}"
+        yield Scenario("flat_loss", title, _answers, _flat_loss(divergence, formulation), **options)
+        yield Scenario("linear_flat_loss", title, _answers, _linear_flat_loss(divergence, formulation), **options)
+
+
+def _answers(generator: torch.Generator) -> Tensors:
+    """Hidden states of 3 questions with uneven answers, one of them empty; V = 37, H = 6.
+
+    The model expects the forget answers, as before unlearning, so that the two sides of a loss do not cancel.
+    """
+    inputs: Tensors = {"weight": torch.randn(37, 6, generator=generator, dtype=torch.float64)}
+    for side, T, lengths in (("template", 9, (4, 1, 6)), ("forget", 7, (5, 3, 0))):
+        inputs[side] = torch.randn(3, T, 6, generator=generator, dtype=torch.float64)
+        labels = torch.randint(37, (3, T), generator=generator)
+        for row, n in zip(labels, lengths, strict=True):
+            row[0] = -100
+            row[1 + n :] = -100
+        inputs[f"{side}_labels"] = labels
+    expected = inputs["weight"][inputs["forget_labels"].roll(-1, dims=1).clamp(min=0)]
+    inputs["forget"] += expected
+    return inputs
+
+
+def _flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        options = {"divergence": divergence, "formulation": formulation}
+        template, forget = ((x[side] @ x["weight"].T).requires_grad_() for side in ("template", "forget"))
+        loss = library.flat_loss(template, x["template_labels"], forget, x["forget_labels"], **options)
+        d_template, d_forget = torch.autograd.grad(loss, (template, forget))
+        return {
+            "template side": library.flat_template_loss(template, x["template_labels"], **options),
+            "forget side": library.flat_forget_loss(forget, x["forget_labels"], **options),
+            "grad of template": d_template,
+            "grad of forget": d_forget,
+        }
+
+    return run
+
+
+def _linear_flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        leaves = [x[name].requires_grad_() for name in ("template", "forget", "weight")]
+        template, forget, weight = leaves
+        sides = template, x["template_labels"], forget, x["forget_labels"]
+        loss = library.linear_flat_loss(*sides, weight, divergence=divergence, formulation=formulation)
+        d_template, d_forget, d_weight = torch.autograd.grad(loss, leaves)
+        return {"value": loss, "grad of template": d_template, "grad of forget": d_forget, "grad of weight": d_weight}
+
+    return run
+
+
+def _cotangent(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Between 0.5 and 2 in size, of either sign."""
+    values = torch.rand(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5
+    return values * (1 - 2 * torch.randint(2, shape, generator=generator))
