@@ -13,14 +13,14 @@ PAPER = {
     "pearson": (lambda e: -e, lambda f: f + f**2 / 4),
     "jensen_shannon": (lambda e: softplus(-e) - math.log(2), lambda f: softplus(f) - math.log(2)),
     "total_variation": (lambda e: -torch.tanh(e) / 2, lambda f: torch.tanh(f) / 2),
-    "reverse_kl": (lambda e: torch.exp(-e) - 1, lambda f: f),
-    "squared_hellinger": (lambda e: torch.exp(-e) - 1, lambda f: torch.exp(f) - 1),
-    "neyman": (lambda e: torch.exp(-e) - 1, lambda f: 2 - 2 * torch.exp(-f / 2)),
+    "reverse_kl": (lambda e: torch.expm1(-e), lambda f: f),
+    "squared_hellinger": (lambda e: torch.expm1(-e), lambda f: torch.expm1(f)),
+    "neyman": (lambda e: torch.expm1(-e), lambda f: 2 - 2 * torch.exp(-f / 2)),
 }
 OFFICIAL = PAPER | {
-    "reverse_kl": (lambda e: torch.exp(e) - 1, lambda f: -f),
-    "squared_hellinger": (lambda e: torch.exp(e) - 1, lambda f: torch.exp(-f) - 1),
-    "neyman": (lambda e: torch.exp(e) - 1, lambda f: 2 - 2 * torch.sqrt(1 - f)),
+    "reverse_kl": (lambda e: torch.expm1(e), lambda f: -f),
+    "squared_hellinger": (lambda e: torch.expm1(e), lambda f: torch.expm1(-f)),
+    "neyman": (lambda e: torch.expm1(e), lambda f: 2 - 2 * torch.sqrt(1 - f)),
 }
 
 

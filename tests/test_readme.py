@@ -1,0 +1,73 @@
+"""The README's examples run as they stand, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import unlearn_fast
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # with so few examples nothing may be selected
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def digits_classifier() -> dict[str, object]:
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    importance = unlearn_fast.diagonal_fisher(model, batches[:1], unlearn_fast.classification_losses, progress=False)
+    return {
+        "model": model,
+        "forget_loader": batches[:1],
+        "train_loader": batches,
+        "forget_importance": importance,
+    }
+
+
+def language_model() -> dict[str, object]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = torch.randint(0, 40, (2, 2, 9))
+    return {
+        "model": LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)),
+        "template_ids": ids[0],
+        "template_labels": ids[0],
+        "forget_ids": ids[1],
+        "forget_labels": ids[1],
+    }
+
+
+@pytest.mark.parametrize("number", range(len(examples())))
+def test_example(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = examples()[number]
+    namespace = language_model() if "flat_loss" in code else digits_classifier()
+    before = [p.detach().clone() for p in namespace["model"].parameters()]
+    exec(compile(code, f"README example {number + 1}", "exec"), namespace)
+    if "flat_loss" in code:
+        assert all(p.grad is not None for p in namespace["model"].parameters())
+    elif "alpha=5.0" in code:
+        # f / r is 3 where the other examples' gradients vanish, at most: nothing is selected at 5.
+        assert all(torch.equal(a, b) for a, b in zip(before, namespace["model"].parameters(), strict=True))
+        assert (tmp_path / "reference.safetensors").exists()
+
+
+def test_links():
+    for page in (README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
+
+
+def test_every_public_name_has_a_docstring_and_is_exported():
+    for name in unlearn_fast.__all__:
+        assert getattr(unlearn_fast, name).__doc__, name
