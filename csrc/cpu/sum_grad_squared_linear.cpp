@@ -29,12 +29,12 @@ void run(SquaresProblem<T> q) {
     q.g.stride_t = q.g.stride_b;
     std::swap(q.B, q.T_);
   }
-  std::vector<compute_t<T>> a_unit, g_unit;
+  std::vector<compute_t<T>> scales(square_inputs ? q.I + q.O : 0);
   if (square_inputs) {
-    a_unit = column_units(q.a, q.T_, q.I);
-    g_unit = column_units(q.g, q.T_, q.O);
-    q.a_unit = a_unit.data();
-    q.g_unit = g_unit.data();
+    column_scales(q.a, q.T_, q.I, scales.data());
+    column_scales(q.g, q.T_, q.O, scales.data() + q.I);
+    q.a_scale = scales.data();
+    q.g_scale = scales.data() + q.I;
   }
   int64_t tile_o, tile_i;
   choose_tile(q.O, q.I, tile_o, tile_i);

@@ -35,24 +35,28 @@ struct SquaresProblem {
   double scale;
   // Where factors are squared before their product: powers of two that bring each column of a and g near 1, so that the
   // squares of large and small factors neither overflow nor vanish.
-  const compute_t<T>*a_unit = nullptr, *g_unit = nullptr;
+  const compute_t<T>*a_scale = nullptr, *g_scale = nullptr;
 };
 
-// The power of two nearest below the largest magnitude in each column, over T positions; 1 where that is 0 or not
+// For each column over T positions, the power of two that brings its largest magnitude near 1; 1 where that is 0 or not
 // finite.
 template <class T>
-std::vector<compute_t<T>> column_units(const Operand<T>& x, int64_t T_, int64_t columns) {
+UNLEARN_CLONED void column_scales(const Operand<T>& x, int64_t T_, int64_t columns, compute_t<T>* scales) {
   using C = compute_t<T>;
-  std::vector<C> units(columns, C(0));
+  std::fill(scales, scales + columns, C(0));
   for (int64_t t = 0; t < T_; ++t) {
     const T* row = x.data + t * x.stride_t;
-    for (int64_t c = 0; c < columns; ++c) units[c] = std::max(units[c], std::abs(C(load(row[c * x.stride_c]))));
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const C value = load(row[c * x.stride_c]), magnitude = value < 0 ? -value : value;
+      scales[c] = magnitude > scales[c] ? magnitude : scales[c];
+    }
   }
-  for (C& unit : units) {
-    const int limit = std::numeric_limits<C>::max_exponent - 2;  // its inverse must be finite too
-    unit = unit > 0 && is_finite(unit) ? std::ldexp(C(1), std::clamp(std::ilogb(unit), -limit, limit)) : C(1);
+  const int limit = std::numeric_limits<C>::max_exponent - 2;  // its inverse must be finite too
+  for (int64_t c = 0; c < columns; ++c) {
+    const bool ordinary = scales[c] > 0 && is_finite(scales[c]);
+    scales[c] = ordinary ? std::ldexp(C(1), -std::clamp(std::ilogb(scales[c]), -limit, limit)) : C(1);
   }
-  return units;
 }
 
 // Panels are padded to whole strips, at most 64 columns more than a tile. All are aligned to vectors.
@@ -67,17 +71,17 @@ class Workspace {
 };
 
 // Packs T positions of `count` columns into strips of `width` columns: panel[strip][t][column], zeros beyond the last
-// column. Positions go outermost, so that memory is read in its own order. With SQUARE, values are divided by their
-// column's unit and squared.
+// column. Positions go outermost, so that memory is read in its own order. With SQUARE, values are multiplied by
+// their column's scale and squared.
 template <bool SQUARE, int64_t width, class T>
 UNLEARN_INLINE void pack(
-    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, const compute_t<T>* unit,
+    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, const compute_t<T>* scale,
     compute_t<T>* panel) {
   using C = compute_t<T>;
-  const auto value = [unit](T x, int64_t column) {
+  const auto value = [scale](T x, int64_t column) {
     const C loaded = load(x);
     if constexpr (!SQUARE) return loaded;
-    const C scaled = loaded / unit[column];
+    const C scaled = loaded * scale[column];
     return scaled * scaled;
   };
   const int64_t whole = stride_c == 1 ? count / width * width : 0;
@@ -152,10 +156,10 @@ UNLEARN_INLINE void sum_over_examples(
                                                       : Epilogue::accumulate;
       pack<SQUARE, NR>(
           q.a.data + b * q.a.stride_b + t0 * q.a.stride_t + i0 * q.a.stride_c, q.a.stride_t, q.a.stride_c, t1 - t0,
-          tile_i, SQUARE ? q.a_unit + i0 : nullptr, w.a);
+          tile_i, SQUARE ? q.a_scale + i0 : nullptr, w.a);
       pack<SQUARE, MR>(
           q.g.data + b * q.g.stride_b + t0 * q.g.stride_t + o0 * q.g.stride_c, q.g.stride_t, q.g.stride_c, t1 - t0,
-          tile_o, SQUARE ? q.g_unit + o0 : nullptr, w.g);
+          tile_o, SQUARE ? q.g_scale + o0 : nullptr, w.g);
       for (int64_t i = 0; i < tile_i; i += NR) {
         for (int64_t o = 0; o < tile_o; o += MR) {
           micro_tile<BYTES, MR>(
@@ -169,8 +173,8 @@ UNLEARN_INLINE void sum_over_examples(
     C* out = q.out + (o0 + o) * q.I + i0;
     const C* sum = w.sum + o * stride;
     for (int64_t i = 0; i < tile_i; ++i) {
-      const C unit = SQUARE ? q.g_unit[o0 + o] * q.a_unit[i0 + i] : C(1);
-      out[i] += C(q.scale) * (sum[i] * unit * unit);
+      const C unit = SQUARE ? 1 / (q.g_scale[o0 + o] * q.a_scale[i0 + i]) : C(1);
+      out[i] += sum[i] == 0 ? C(0) : C(q.scale) * (sum[i] * unit * unit);  // unit may be infinite
     }
   }
 }
