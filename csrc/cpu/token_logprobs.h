@@ -14,7 +14,7 @@
 
 namespace unlearn {
 
-constexpr int64_t ROW_BLOCK = 1024;
+constexpr int64_t ROW_BLOCK = 512;  // elements; what is read two blocks later is fetched meanwhile
 
 // The sum is in double: it collects float block sums, up to V / ROW_BLOCK of them.
 template <class C>
@@ -30,6 +30,9 @@ UNLEARN_CLONED void add_to_sum(const T* x, int64_t n, RunningSum<compute_t<T>>& 
   for (int64_t start = 0; start < n; start += ROW_BLOCK) {
     const T* block = x + start;
     const int64_t count = n - start < ROW_BLOCK ? n - start : ROW_BLOCK;
+    for (int64_t line = 0; line < int64_t(ROW_BLOCK * sizeof(T)); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(block + 2 * ROW_BLOCK) + line, 0, 3);
+    }
     C block_max = running.max;
 #pragma omp simd reduction(max : block_max)
     for (int64_t j = 0; j < count; ++j) {
@@ -43,8 +46,11 @@ UNLEARN_CLONED void add_to_sum(const T* x, int64_t n, RunningSum<compute_t<T>>& 
     C block_sum = 0;
 #pragma omp simd reduction(+ : block_sum)
     for (int64_t j = 0; j < count; ++j) block_sum += exponential<C>(load(block[j]) - block_max);
-    running.sum = running.sum * std::exp(double(running.max) - double(block_max)) + double(block_sum);
-    running.max = block_max;
+    if (block_max > running.max) {
+      running.sum *= std::exp(double(running.max) - double(block_max));
+      running.max = block_max;
+    }
+    running.sum += double(block_sum);
   }
 }
 
@@ -73,8 +79,17 @@ template <class T>
 UNLEARN_CLONED void logprob_row_backward(
     const T* x, T* out, int64_t V, int64_t label, compute_t<T> grad, RowResult<compute_t<T>> row) {
   using C = compute_t<T>;
+  for (int64_t start = 0; start < V; start += ROW_BLOCK) {
+    const int64_t count = V - start < ROW_BLOCK ? V - start : ROW_BLOCK;
+    for (int64_t line = 0; line < int64_t(ROW_BLOCK * sizeof(T)); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + start + 2 * ROW_BLOCK) + line, 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(out + start + 2 * ROW_BLOCK) + line, 1, 3);
+    }
 #pragma omp simd
-  for (int64_t j = 0; j < V; ++j) out[j] = store<T>(-grad * exponential<C>((load(x[j]) - row.max) - row.log_sum));
+    for (int64_t j = start; j < start + count; ++j) {
+      out[j] = store<T>(-grad * exponential<C>((load(x[j]) - row.max) - row.log_sum));
+    }
+  }
   out[label] = store<T>(-grad * std::expm1(row.logp));
 }
 
