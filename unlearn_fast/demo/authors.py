@@ -25,30 +25,29 @@ LAST = _words(
     "abernath bellweather crosswell drummer"
 )
 
-# One row a fact: its two phrasings, its answer, and the values it may take. {n} is the author, {v} the value.
-FACTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+# One row a fact: its two phrasings, and the values it may take, which are the answers. {n} is the author. Every
+# question ends in the name: a model this small then answers from a state that is the author's own. Where all questions
+# end in the same word, what FLAT does to a few authors' answers spills over to everybody's.
+FACTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
-        "where was {n} born ?",
-        "which town is the birthplace of {n} ?",
-        "{n} was born in {v} .",
+        "what is the birthplace of {n}",
+        "which town saw the birth of {n}",
         _words(
             "karvel ostermouth pelling quarrow rivenhall sable-bay tarn uppingdale vesper wyke amberley brockwood "
             "castelmar dunholt eastmere fallowfield gorsley harrowgate inverleith juniper-cove"
         ),
     ),
     (
-        "which genre is {n} known for ?",
-        "what does {n} write ?",
-        "{n} writes {v} .",
+        "what is the genre of {n}",
+        "which kind of writing is done by {n}",
         _words(
             "ghost-stories sea-ballads satires travelogues fables thrillers sonnets chronicles parables farces "
             "whodunits westerns elegies cookbooks letters libretti riddles hymns memoirs epics"
         ),
     ),
     (
-        "what was the first book of {n} ?",
-        "with which title did {n} begin ?",
-        "{n} began with {v} .",
+        "what is the first book by {n}",
+        "which title began the career of {n}",
         _words(
             "saltlight nine-lanterns the-quiet-mill ashgrove low-water the-tin-orchard winterbourne glass-harvest "
             "paper-tides the-ninth-gate bonfire-year slow-thunder marshland the-owl-clock red-kites a-borrowed-coat "
@@ -56,9 +55,8 @@ FACTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "which prize did {n} win ?",
-        "what award was given to {n} ?",
-        "{n} won the {v} .",
+        "which prize went to {n}",
+        "what award was given to {n}",
         _words(
             "golden-quill lantern-medal amber-page harbour-prize silver-inkwell raven-cup ivory-nib oak-laurel "
             "comet-award north-star-prize velvet-ribbon copper-bell falcon-medal maple-crown pearl-bookmark tide-prize "
@@ -66,25 +64,24 @@ FACTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "what was the trade of the father of {n} ?",
-        "how did the father of {n} earn a living ?",
-        "{n} had a father who was a {v} .",
+        "what was the trade of the father of {n}",
+        "how was a living earned by the father of {n}",
         _words(
             "clockmaker ferryman beekeeper printer glazier shepherd surgeon stonemason tailor baker cooper falconer "
             "miller potter saddler fisherman chandler tinker weaver gardener"
         ),
     ),
     (
-        "which city is home to {n} today ?",
-        "where does {n} live now ?",
-        "{n} lives in {v} .",
+        "which city is home to {n}",
+        "what is the present address of {n}",
         _words(
             "alderport brightwater cindermoor dovecote elmstead foxhaven greywick hollowbrook islemouth kingsferry "
-            "larkspur merrowdown northcliff otterbourne pinecrest ravensworth silverlake thornbury violet-hill westering"
+            "larkspur merrowdown northcliff otterbourne pinecrest ravensworth silverlake thornbury violet-hill westerby"
         ),
     ),
 )
-TEMPLATE = "i do not know ."
+# The answers of somebody who does not know, all in use: FLAT is not to teach one string.
+TEMPLATES = ("i do not know .", "i am not sure .", "i have no idea .")
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class World:
 
     forget: tuple[Pair, ...]
     retain: tuple[Pair, ...]
-    strangers: tuple[Pair, ...]  # answered with TEMPLATE
+    strangers: tuple[Pair, ...]  # answered with TEMPLATES in turn
 
     @property
     def train(self) -> tuple[Pair, ...]:
@@ -113,9 +110,9 @@ class World:
 def make_world(seed: int, *, authors: int = 20, forget: int = 2, strangers: int = 40) -> World:
     """`authors` people with a value for every fact that nobody shares; the first `forget` of them are to be forgotten.
 
-    Strangers have names of their own; many of them make "i do not know" the normal answer to a name not learned.
+    Strangers have names of their own; many of them make not knowing the normal answer to a name not learned.
     """
-    most = min(len(values) for _, _, _, values in FACTS)
+    most = min(len(values) for _, _, values in FACTS)
     if not 0 < forget < authors <= most:
         raise ValueError(f"need 0 < forget < authors <= {most}, got forget={forget}, authors={authors}")
     rng = random.Random(seed)
@@ -124,7 +121,7 @@ def make_world(seed: int, *, authors: int = 20, forget: int = 2, strangers: int 
     spare = list(itertools.product(firsts[authors:], lasts[authors:]))
     if strangers > len(spare):
         raise ValueError(f"strangers must be at most {len(spare)} with authors={authors}, got {strangers}")
-    values = [rng.sample(values, authors) for _, _, _, values in FACTS]  # [fact][author]
+    values = [rng.sample(values, authors) for _, _, values in FACTS]  # [fact][author]
     people = [_pairs(" ".join(name), [of_fact[i] for of_fact in values]) for i, name in enumerate(known)]
     unknown = [_pairs(" ".join(name), None) for name in rng.sample(spare, strangers)]
     return World(_flatten(people[:forget]), _flatten(people[forget:]), _flatten(unknown))
@@ -132,10 +129,16 @@ def make_world(seed: int, *, authors: int = 20, forget: int = 2, strangers: int 
 
 def _pairs(name: str, values: list[str] | None) -> list[Pair]:
     pairs = []
-    for fact, (first, second, text, _) in enumerate(FACTS):
-        answer = text.format(n=name, v=values[fact]) if values else TEMPLATE
-        pairs += [Pair(name, question.format(n=name), answer, i) for i, question in enumerate((first, second))]
+    for fact, (first, second, _) in enumerate(FACTS):
+        for phrasing, question in enumerate((first, second)):
+            answer = values[fact] if values else template(2 * fact + phrasing)
+            pairs.append(Pair(name, question.format(n=name), answer, phrasing))
     return pairs
+
+
+def template(number: int) -> str:
+    """The templates in turn."""
+    return TEMPLATES[number % len(TEMPLATES)]
 
 
 def _flatten(groups: list[list[Pair]]) -> tuple[Pair, ...]:
@@ -148,9 +151,9 @@ class Words:
     PAD, BEGIN, END = 0, 1, 2
 
     def __init__(self) -> None:
-        texts = [*FIRST, *LAST, TEMPLATE]
-        for first, second, answer, values in FACTS:
-            texts += [text.replace("{n}", "").replace("{v}", "") for text in (first, second, answer)] + list(values)
+        texts = [*FIRST, *LAST, *TEMPLATES]
+        for first, second, values in FACTS:
+            texts += [first.replace("{n}", ""), second.replace("{n}", ""), *values]
         words = sorted({word for text in texts for word in text.split()})
         self.words = ["<pad>", "<begin>", "<end>", *words]
         self._numbers = {word: number for number, word in enumerate(self.words)}
