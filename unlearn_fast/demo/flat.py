@@ -17,10 +17,12 @@ from unlearn_fast.demo.evaluation import answer_probabilities, target
 class Settings:
     """Chosen on seeds 1 to 7; shown is seed 0.
 
-    Tried: widths 384 and 512, 60 and 90 epochs, 4 and 10 strangers, learning rates for FLAT from 1e-6 to 3e-5, and FLAT on
-    one phrasing or on both. What FLAT does to two authors spills over to the others by an amount that differs from seed
-    to seed: at width 384 the retain answers kept 77 % (seed 5) to 99 % (seed 2) at 5e-6, and 81 % to 98 % at 2e-6. The
-    wider and longer trained model at 2e-6 kept 99 % on seed 5, the worst one.
+    Tried: width 128 to 512 and 1 to 3 layers; 20 to 100 epochs; learning rate of the training 1e-3 to 3e-3, of FLAT
+    1e-6 to 3e-3 with AdamW, also SGD; kl and total_variation; 0 to 40 strangers; one or both phrasings. What mattered:
+    a wide, shallow model, a small learning rate for FLAT, and stopping in time, because FLAT never sees the other
+    authors and in the end silences them. At width 384, 60 epochs, the retain answers kept 77 % (seed 5) to 99 % (seed
+    2) at 5e-6, and 81 % to 98 % at 2e-6; these settings kept 94 %, 98 % and 99 % on seeds 1, 3 and 5. The last tenths
+    of P are the end token, which follows every answer alike and so is unlearned for all at once.
     """
 
     hidden: int = 512
@@ -38,7 +40,7 @@ class Settings:
     batch: int = 48
 
 
-QUICK = Settings(hidden=256, authors=8, strangers=2, epochs=80, flat_lr=3e-5)
+QUICK = Settings(hidden=256, authors=8, strangers=2, epochs=80, flat_lr=1.5e-5)
 
 
 def run(settings: Settings, show_progress: bool = True) -> dict[str, Any]:
