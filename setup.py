@@ -52,23 +52,33 @@ class CMakeBuild(build_ext):
         (package / "_build.json").write_text(json.dumps({"missing": reason}) + "\n")
 
     def build_native(self, package: Path) -> str | None:
-        """Returns None, or why the native parts could not be built."""
+        """Returns None, or why the native parts could not be built. A failing nvcc must not cost the CPU kernels."""
         torch = torch_directory()
         cmake = shutil.which("cmake")
         if not torch:
             return "torch was not found when the package was built"
         if not cmake:
             return "cmake was not found when the package was built"
-        build = Path(self.build_temp).resolve()
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DTORCH_DIR={torch}"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={package}"]
-        configure += ["-DCMAKE_BUILD_TYPE=Release", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        configure = [cmake, "-S", str(ROOT), f"-DTORCH_DIR={torch}", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DCMAKE_INSTALL_PREFIX={package}", "-DCMAKE_BUILD_TYPE=Release"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
+        build = Path(self.build_temp).resolve()
+        reason = self.cmake(configure, build)
+        if reason and shutil.which("nvcc"):
+            without_cuda = ["-DUNLEARN_FAST_CUDA=OFF", "-DCUDA_MISSING=it failed to build: see the log of the build"]
+            reason = self.cmake([*configure, *without_cuda], build.with_name(build.name + "-cpu"))
+        return reason
+
+    def cmake(self, configure: list[str], build: Path) -> str | None:
+        """Configures, compiles and installs in the folder `build`. Returns None, or what failed."""
+        cmake = configure[0]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         compile_ = [cmake, "--build", str(build), "-j", jobs]
         install = [cmake, "--install", str(build)]
-        for step, command in (("configure", configure), ("compile", compile_), ("install", install)):
+        steps = {"configure": [*configure, "-B", str(build)], "compile": compile_, "install": install}
+        for step, command in steps.items():
             done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             print(done.stdout, flush=True)
             if done.returncode:

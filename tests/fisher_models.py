@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.utils.prune
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -219,3 +221,28 @@ def subclass_that_overrides_forward() -> Case:
         (torch.randn(5, 9), torch.randint(0, 4, (5,))),
         slow=("0.weight", "0.bias"),
     )
+
+
+@case
+def further_parameters() -> Case:
+    class Gained(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(9, 6)
+            self.gain = nn.Parameter(torch.randn(6))
+
+    model = nn.Sequential(Gained(), nn.Tanh(), nn.utils.prune.l1_unstructured(nn.Linear(6, 6), "weight", 0.5))
+    model.append(nn.Linear(6, 4))
+    return Case(model, (torch.randn(5, 9), torch.randint(0, 4, (5,))), slow=("0.gain", "2.weight_orig"))
+
+
+@case
+def checkpointed() -> Case:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Sequential(nn.Linear(9, 6), nn.Tanh()), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False))
+
+    return Case(Model(), (torch.randn(5, 9), torch.randint(0, 4, (5,))), slow=("inner.0.weight", "head.weight"))

@@ -22,10 +22,15 @@ from unlearn_fast.demo.resnet import ResNet18
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("demo") / "made" / "by main"
-    state = torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # nothing selected, or an importance of other weights
-        results = demo.main(out, quick=True, show_progress=False)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    # Models this small gain nothing from a second thread, and lose minutes where threads wait for a busy core.
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # nothing selected, or an importance of other weights
+            results = demo.main(out, quick=True, show_progress=False)
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), state), "the global random state was changed"
     return results, out
 

@@ -101,6 +101,24 @@ def test_16_bit_models_accumulate_in_float32():
     assert relative_error(ours["weight"], single["weight"]) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_no_module_uses_are_not_lost(dtype):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.big, self.small = nn.Linear(4, 3), nn.Linear(3, 3, bias=False)
+
+        def forward(self, x):
+            return self.big(x) + 1e-2 * nn.functional.linear(x[:, :3], self.small.weight)
+
+    torch.manual_seed(0)
+    model, x, y = Model().to(dtype), torch.randn(4, 4, dtype=dtype), torch.tensor([0, 1, 2, 0])
+    with pytest.warns(UserWarning, match="small"):
+        ours = fisher(model, [(x, y)])
+    truth = one_example_at_a_time(model.double(), [(x.double(), y)], classification_losses)
+    assert relative_error(ours["small.weight"], truth["small.weight"]) < 20 * torch.finfo(dtype).eps
+
+
 def test_float16_squares_do_not_underflow():
     model = nn.Linear(1, 1, bias=False).half()
     x = torch.full((4, 1), 1e-4, dtype=torch.float16)  # a square of 1e-8 is 0 in float16

@@ -143,6 +143,15 @@ def test_ready_importances_give_the_same_model_as_batches():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_importances_of_two_modes_are_refused():
+    model = small_model()
+    before = values_of(model)
+    ready = diagonal_fisher(model, small_batches(), classification_losses, mode="batch", progress=False)
+    with pytest.raises(ValueError, match="forget has mode 'batch' and reference 'per_example'"):
+        ssd_(model, forget=ready, reference=small_batches(), losses=classification_losses, alpha=1.0, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_settings_reach_the_dampening():
     expected, model = small_model(), small_model()
     sets = {"forget": small_batches(4), "reference": small_batches(12, seed=2)}

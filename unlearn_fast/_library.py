@@ -70,11 +70,13 @@ def _load(part: str) -> None:
 
 
 def _load_native() -> ModuleType | None:
+    if not any(_PACKAGE.glob("_native*.so")):  # only the one beside this file: an import would find others too
+        missing["native"] = _build_reason()
+        return None
     try:
         return importlib.import_module("unlearn_fast._native")
     except ImportError as error:
-        built = any(_PACKAGE.glob("_native*.so"))
-        missing["native"] = f"_native cannot be loaded: {error}" if built else _build_reason()
+        missing["native"] = f"_native cannot be loaded: {error}"
         return None
 
 

@@ -66,6 +66,8 @@ def ssd_(
         else:
             importances.append(diagonal_fisher(model, given, losses, mode=mode, progress=progress))
     f, r = importances
+    if f.mode != r.mode:
+        raise ValueError(f"forget has mode {f.mode!r} and reference {r.mode!r}: both must be measured in one mode")
     report = dampen_(model, f, r, alpha=alpha, lam=lam, exponent=exponent, cap=cap)
     if report.total.selected == 0:
         warnings.warn(_nothing_selected(f, r, alpha), stacklevel=2)

@@ -35,7 +35,8 @@ def diagonal_fisher(
     Exact for any module and independent of batch size and order. Linear, Conv2d, Embedding, LayerNorm and BatchNorm
     cost about one ordinary backward; every other parameter is measured one example at a time, and one warning names the
     modules. The first batch is checked: two of its examples are also run one at a time, and parameters whose fast
-    result disagrees (weights used outside their module, say) go the one-example way too.
+    result disagrees (weights used outside their module, say) go the one-example way too. What the first two examples
+    cannot show, the check cannot find: see docs/methods.md for models that route examples by their content.
     mode="batch" (the released code): `(1/batches) sum_b (d mean_n loss_n / d theta_i)^2`, which depends on batch size
     and order and agrees with the definition only at batch size 1.
 
@@ -126,23 +127,33 @@ class _PerExample:
             self._losses(both, n)
         self.growth = {call: _growth(single[call], many.get(call), n) for call in single}
         fast = {name: torch.zeros_like(self.sums[name]) for name in names}
-        try:
-            unfit = self._add_fast(both, n, fast, self.growth)
-        except Exception:
-            # An output that the batch shares was expanded over the examples, and the model cannot take that. Whatever
-            # else is wrong is raised again below.
-            self.growth = {call: grows or None for call, grows in self.growth.items()}
-            for total in fast.values():
-                total.zero_()
-            unfit = self._add_fast(both, n, fast, self.growth)
+        unfit: set[str] = set()
+        for _ in range(2):
+            try:
+                unfit = self._add_fast(both, n, fast, self.growth)
+                break
+            except Exception as failure:  # the model itself works, as the single examples have shown
+                # Perhaps an output that the batch shares was expanded over the examples, which the model cannot take.
+                expanded = [call for call, grows in self.growth.items() if grows == 0]
+                self.growth.update(dict.fromkeys(expanded))
+                for total in fast.values():
+                    total.zero_()
+                if not expanded:
+                    self.slow.update(
+                        dict.fromkeys(names, f"its fast pass failed ({type(failure).__name__}: {failure})")
+                    )
+                    break
+        names = [name for name in names if name not in self.slow]
         largest = max((float(total.norm()) for total in exact.values()), default=0.0)
         for name in names:
             dtype = self.parameters[name].dtype
             # A gradient that is mathematically zero (an attention key's bias) is rounding noise in both.
-            noise = (64 * torch.finfo(dtype).eps) ** 2 * largest
+            noise = (64 * torch.finfo(torch.float32).eps) ** 2 * largest
             error = float((fast[name] - exact[name]).norm())
             if name in unfit:
                 self.slow[name] = "its module's input has no batch axis in front"
+            elif bool(exact[name].any()) and not bool(fast[name].any()):
+                self.slow[name] = "it is used outside its module only"
             elif not error <= TOLERANCE.get(dtype, 1e-3) * float(exact[name].norm()) + noise:
                 self.slow[name] = "it is also used outside its module, or mixed between examples"
         self.checked = n

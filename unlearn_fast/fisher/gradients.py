@@ -35,7 +35,8 @@ class Outer:
         sum_grad_squared_linear_(matrix, self.inputs.to(dtype), self.grads.to(dtype))
 
     def example(self, b: int) -> Tensor:
-        return self.grads[b].T @ self.inputs[b]
+        dtype = torch.promote_types(self.inputs.dtype, self.grads.dtype)
+        return self.grads[b].to(dtype).T @ self.inputs[b].to(dtype)
 
     def examples(self) -> int:
         return self.inputs.shape[0]

@@ -19,10 +19,13 @@ from unlearn_fast.fisher.rules import rule_for
 Call = tuple[str, int]  # module name, number of its call in the forward
 
 
+OWN = ("weight", "bias")  # the parameters that rules know
+
+
 class Taps:
     """The covered modules of a model, and the sums of squares that their parameters receive.
 
-    `layout[call]` says how the leading axis of a call's input grows: by this many entries an example, or 0 where it
+    `growth[call]` says how the leading axis of a call's input grows: by this many entries an example, or 0 where it
     does not depend on the batch (position ids, say).
     """
 
@@ -31,7 +34,8 @@ class Taps:
         self.modules: dict[str, nn.Module] = {}
         self.covered: dict[str, dict[str, str]] = {}  # module name -> its parameter's own name -> full name
         for name, module in model.named_modules():
-            own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in names}
+            # Further parameters, of a subclass or of a parametrization, have no rule.
+            own = {key: names[id(p)] for key, p in module._parameters.items() if id(p) in names and key in OWN}
             if own and rule_for(module) is not None:
                 self.modules[name] = module
                 self.covered[name] = own

@@ -88,8 +88,8 @@ def check_settings(alpha: float, lam: float, exponent: float, cap: float) -> Non
             raise TypeError(f"{name} is {value!r}: it must be a number")
         if math.isnan(value) or value < 0 or (name == "exponent" and value == 0):
             raise ValueError(f"{name} is {value}: it must be {'> 0' if name == 'exponent' else '>= 0'}")
-    if math.isinf(lam):
-        raise ValueError("lam is inf: it must be finite, because inf * 0 is no factor")
+    if lam > torch.finfo(torch.float32).max:
+        raise ValueError(f"lam is {lam}: it must be finite in float32, because inf * 0 is no factor")
 
 
 def _by_device(entries: Sequence[Entry]) -> dict[torch.device, list[Entry]]:

@@ -101,7 +101,8 @@ def _importances(
             )
         found: dict[str, Any] = {}
         for name, target in targets.items():
-            if found.setdefault(str(target), given[name]) is not given[name]:
+            value = given[name]
+            if found.setdefault(str(target), value) is not value:
                 raise ValueError(f"{argument} has two importances for {target!r}, one of them as {name!r}: give one")
     elif isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != len(named):
@@ -113,6 +114,8 @@ def _importances(
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument}[{name!r}] is a {type(value).__name__}: it must be a tensor")
         _checks.floating(f"{argument}[{name!r}]", value)
+        if value.layout != torch.strided:
+            raise TypeError(f"{argument}[{name!r}] has layout {value.layout}: it must be a dense (strided) tensor")
         if value.shape != named[name].shape:
             raise ValueError(
                 f"{argument}[{name!r}] has shape {_checks.shape(value)}:"
