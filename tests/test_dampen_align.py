@@ -277,3 +277,20 @@ def test_numpy_numbers_are_settings(number):
     p = torch.ones(2)
     dampen_([p], [torch.full((2,), 4.0)], [torch.ones(2)], alpha=number(2), lam=number(1))
     assert p.eq(0.25).all()
+
+
+def test_one_tensor_under_two_names_has_one_importance():
+    w, f, r = torch.ones(3), torch.full((3,), 9.0), torch.ones(3)
+    with pytest.raises(ValueError, match=r"'b'.*same tensor as 'a', with other importances"):
+        dampen_({"a": w, "b": w}, {"a": torch.zeros(3), "b": f}, {"a": r, "b": r}, alpha=1.0)
+    assert torch.equal(w, torch.ones(3))
+    report = dampen_({"a": w, "b": w}, {"a": f, "b": f.clone()}, {"a": r, "b": r}, alpha=1.0)
+    assert report.tied == {"b": "a"} and torch.equal(w, torch.full((3,), 1 / 9))
+
+
+def test_sparse_importances_are_refused_before_the_first_write():
+    params = [torch.ones(3), torch.ones(3, 3)]
+    forget = [torch.full((3,), 9.0), torch.full((3, 3), 9.0).to_sparse()]
+    with pytest.raises(TypeError, match=r"forget.*layout torch\.sparse_coo"):
+        dampen_(params, forget, [torch.ones(3), torch.ones(3, 3)], alpha=1.0)
+    assert torch.equal(params[0], torch.ones(3))

@@ -50,7 +50,11 @@ def align(params: Any, forget: Any, reference: Any) -> Alignment:
             raise ValueError(f"{absent} has no importance for {name!r}, and the other set has: give both or neither")
         place = (param.device, param.data_ptr(), param.shape, param.stride())
         if param.numel() and memory.setdefault(place, name) != name:
-            tied[name] = memory[place]
+            first = tied[name] = memory[place]
+            if not (torch.equal(f, forget[first]) and torch.equal(r, reference[first])):
+                raise ValueError(
+                    f"params[{name!r}] is the same tensor as {first!r}, with other importances: it can have only one"
+                )
             continue
         entries.append(_entry(name, param, f, r))
     if not torch.compiler.is_compiling():  # which knows no addresses
