@@ -115,7 +115,7 @@ def not_twice_differentiable(name: str) -> None:
 
 
 def implementation(name: str, device: str) -> str:
-    """What serves the operator `name` on a device type: "c++", "cuda", "triton" or "reference"."""
+    """What serves the operator `name` on a device type: "c++", "cuda" or "reference"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"unlearn_fast::{name}", key):
         return {"CPU": "c++", "CUDA": "cuda"}[key]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_fast.fisher.batches import batch_size, examples
+from unlearn_fast.fisher.gradients import wide
 from unlearn_fast.fisher.importance import Importance, model_fingerprint
 from unlearn_fast.fisher.taps import Call, Taps
 
@@ -66,7 +67,7 @@ def diagonal_fisher(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fingerprint = model_fingerprint(model)
     sums = {
-        name: torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
+        name: torch.zeros_like(p, dtype=wide(p), memory_format=torch.contiguous_format)
         for name, p in parameters.items()
     }
     count = batch_count = 0
@@ -151,7 +152,7 @@ class _PerExample:
             noise = (64 * torch.finfo(torch.float32).eps) ** 2 * largest
             error = float((fast[name] - exact[name]).norm())
             if name in unfit:
-                self.slow[name] = "its module's input has no batch axis in front"
+                self.slow[name] = "its module's input has no batch axis in front, or its options no fast rule"
             elif bool(exact[name].any()) and not bool(fast[name].any()):
                 self.slow[name] = "it is used outside its module only"
             elif not error <= TOLERANCE.get(dtype, 1e-3) * float(exact[name].norm()) + noise:
@@ -237,10 +238,6 @@ def _checked_losses(values: Any, B: int) -> Tensor:
             f"losses returned {got} for a batch of {B}: it must return [B], one loss an example, not their mean"
         )
     return values
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -16,6 +16,11 @@ from unlearn_fast.ops.sum_grad_squared_linear import sum_grad_squared_linear_
 WORKSPACE_BYTES = 32 << 20
 
 
+def wide(t: Tensor) -> torch.dtype:
+    """What squares of the tensor are summed in."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 class PerExampleGradient(Protocol):
     def add_squares_(self, out: Tensor) -> None: ...
     def example(self, b: int) -> Tensor: ...

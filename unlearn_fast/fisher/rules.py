@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unlearn_fast.fisher.gradients import WORKSPACE_BYTES, Dense, Outer, PerExampleGradient, Rows
+from unlearn_fast.fisher.gradients import WORKSPACE_BYTES, Dense, Outer, PerExampleGradient, Rows, wide
 
 Rule = Callable[[Any, Tensor, Tensor, int], dict[str, PerExampleGradient]]
 
 
 def linear(module: nn.Linear, x: Tensor, grad: Tensor, n: int) -> dict[str, PerExampleGradient]:
     x, grad = x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
-    bias = {"bias": Dense(grad.sum(1, dtype=_wide(grad)))} if module.bias is not None else {}
+    bias = {"bias": Dense(grad.sum(1, dtype=wide(grad)))} if module.bias is not None else {}
     return {"weight": Outer(x, grad), **bias}
 
 
@@ -29,7 +29,7 @@ def conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> dict[str, PerE
     weight = {"weight": Convolution(module, x, grad, n)}
     if module.bias is None:
         return {**weight}
-    bias = grad.flatten(2).sum(2, dtype=_wide(grad)).reshape(n, -1, grad.shape[1]).sum(1)
+    bias = grad.flatten(2).sum(2, dtype=wide(grad)).reshape(n, -1, grad.shape[1]).sum(1)
     return {**weight, "bias": Dense(bias)}
 
 
@@ -44,8 +44,8 @@ def embedding(module: nn.Embedding, tokens: Tensor, grad: Tensor, n: int) -> dic
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, grad: Tensor, n: int) -> dict[str, PerExampleGradient]:
     shape = module.normalized_shape
-    normalized = nn.functional.layer_norm(x.to(_wide(x)), shape, eps=module.eps)
-    weight, bias = (t.reshape(n, -1, *shape).sum(1, dtype=_wide(grad)) for t in (grad * normalized, grad))
+    normalized = nn.functional.layer_norm(x.to(wide(x)), shape, eps=module.eps)
+    weight, bias = (t.reshape(n, -1, *shape).sum(1, dtype=wide(grad)) for t in (grad * normalized, grad))
     return {"weight": Dense(weight), "bias": Dense(bias)}
 
 
@@ -123,7 +123,3 @@ def _positions(t: Tensor, B: int) -> Tensor:
     """[D, C, L] -> [B, D/B * L, C]; a view where D = B."""
     t = t.transpose(1, 2)
     return t if len(t) == B else t.reshape(B, -1, t.shape[-1])
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32

@@ -58,8 +58,9 @@ def dampen_(
     """
     check_settings(alpha, lam, exponent, cap)
     alignment = align(params, forget, reference)
+    groups = _by_device(alignment.entries)
     tables = []
-    for device, entries in _by_device(alignment.entries).items():
+    for device, entries in groups.items():
         warn_if_slow(device.type)
         p, f, r = zip(*((e.param, e.forget, e.reference) for e in entries), strict=True)
         tables.append(
@@ -67,7 +68,7 @@ def dampen_(
         )
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version([t for t in p if not t.is_inference()])
-    ordered = [e for entries in _by_device(alignment.entries).values() for e in entries]
+    ordered = [e for entries in groups.values() for e in entries]
     if len(tables) == 1:
         stats = tables[0]
     else:  # several devices: the report gathers them, which is the only sync
