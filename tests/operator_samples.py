@@ -37,10 +37,10 @@ def samples() -> dict[str, list[tuple]]:
             _linear_backward(_floats(2, 3, 4).transpose(0, 1), _floats(4, 5).T, _labels(3, 2, V=5), None, of_weight),
         ],
         "sum_grad_squared_linear_": [
-            (_floats(3, 4), _floats(2, 5, 4), _floats(2, 5, 3), 0.5),
-            (_floats(3, 4), _floats(6, 4).bfloat16(), _floats(6, 3).bfloat16(), 1.0),
-            (_floats(4, 3).T, _floats(5, 2, 4).transpose(0, 1), _floats(2, 5, 3), 1.0),
-            (_floats(3, 4), _floats(0, 5, 4), _floats(0, 5, 3), 1.0),
+            (_floats(3, 4), _floats(2, 5, 4), _floats(2, 5, 3), None, None, 0.5, False),
+            (_floats(3, 4), _floats(6, 4).bfloat16(), _floats(6, 3).bfloat16(), _floats(6), _zeros(3, 4), 1.0, False),
+            (_floats(4, 3).T, _floats(5, 2, 4).transpose(0, 1), _floats(2, 5, 3), _floats(2), _zeros(3, 4), 1.0, True),
+            (_floats(3, 4), _floats(0, 5, 4), _floats(0, 5, 3), _floats(0), None, 1.0, False),
         ],
         "dampen_": [
             ([_floats(3, 4), _floats(5)], *[[_positive(3, 4), _positive(5)] for _ in range(2)], *settings),
@@ -55,6 +55,10 @@ def samples() -> dict[str, list[tuple]]:
 def _floats(*shape: int, layout: str = "contiguous", grad: bool = False) -> Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
     return lay_out(x, layout).requires_grad_(grad)
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
 
 
 def _positive(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ PACKAGE = Path(unlearn_fast.__file__).parent
 TESTS = Path(__file__).parent
 IN_PLACE = {  # operator -> the arguments that it writes
     "token_logprobs_backward_": ["logits"],
-    "sum_grad_squared_linear_": ["out"],
+    "sum_grad_squared_linear_": ["out", "first"],
     "dampen_": ["params"],
 }
 CPU_KERNELS = {"token_logprobs", "token_logprobs_backward", *IN_PLACE}

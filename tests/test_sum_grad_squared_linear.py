@@ -115,6 +115,91 @@ def test_small_and_large_factors_whose_product_is_ordinary(leading):
     assert_as_accurate(add, inputs, torch.float32, scales=terms)
 
 
+# Weights, first moments, magnitudes
+
+
+def with_moments(leading: tuple[int, ...], O: int, I: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:  # noqa: E741
+    """out, inputs, grad_outputs, weights, first."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    weights = torch.randn(leading[0], generator=generator, dtype=torch.float64)
+    first = torch.randn(O, I, generator=generator, dtype=torch.float64)
+    return [*make_inputs(leading, O, I, dtype, seed), weights.to(wide(dtype)), first.to(wide(dtype))]
+
+
+def moments(absolute: bool, given: tuple[bool, bool] = (True, True)):
+    """`given`: whether weights and first are."""
+
+    def run(library, inputs: list[Tensor]) -> list[Tensor]:
+        out, a, g, weights, first = inputs
+        out, first = out.clone(), first.clone()
+        library.sum_grad_squared_linear_(
+            out, a, g, scale=0.3, absolute=absolute, weights=weights if given[0] else None,
+            first=first if given[1] else None,
+        )  # fmt: skip
+        return [out, first]
+
+    return run
+
+
+@every_dtype
+@given(
+    leading=st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 40), st.sampled_from((1, 2, 8, 17, 300)))),
+    O=st.sampled_from((1, 6, 12, 13, 33, 97)),
+    I=st.sampled_from((1, 15, 32, 33, 65)),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 5),
+    absolute=st.booleans(),
+    given_=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 1000),
+)
+def test_moments(dtype, leading, O, I, layouts, absolute, given_, seed):  # noqa: E741
+    inputs = with_moments(leading, O, I, dtype, seed)
+    places = [lay_out(x, layout) for x, layout in zip(inputs, layouts, strict=True)]
+    run = moments(absolute, given_)
+    assert_as_accurate(run, places, dtype, scales=lambda x: run(reference, [y.abs() for y in x]))
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("leading", [(5,), (5, 1), (5, 3)], ids=str)
+def test_weights_of_any_size(leading, absolute):
+    """Neither w nor G^2 alone is ordinary, their product is; a zero weight leaves its example out."""
+    out, a, g, weights, first = with_moments(leading, 5, 7, torch.float32)
+    run = moments(absolute)
+    small, large = (
+        [out * 0, a * 1e-12, g, weights * 1e20, first * 0],
+        [out * 0, a, g * 1e12, weights * 1e-20, first * 0],
+    )
+    for inputs in (small, large):
+        assert_as_accurate(run, inputs, torch.float32, scales=lambda x: run(reference, [y.abs() for y in x]))
+    g[0] *= 1e15
+    weights[0] = 0
+    result = run(torch_ops, [out, a, g, weights, first])
+    expected = run(
+        reference, [x[1:].double() if x is not out and x is not first else x for x in (out, a, g, weights, first)]
+    )
+    for ours, wanted in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, wanted.float())
+
+
+def test_first_and_weights_must_fit():
+    out, a, g = make_inputs((4, 3), 2, 3, torch.float32)
+    before = out.clone()
+    wrong = [
+        (dict(first=Z(3, 2)), ValueError, r"first has shape \[3, 2\]: it must be \[2, 3\]"),
+        (dict(first=Z(2, 3).double()), TypeError, "first has dtype torch.float64: it must be torch.float32"),
+        (dict(first=Z(2, 3, device="meta")), ValueError, "first is on meta"),
+        (dict(first=Z(1, 3).expand(2, 3)), ValueError, r"first has overlapping \(expanded\) memory"),
+        (dict(first=out), ValueError, "first shares memory with out"),
+        (dict(weights=Z(3)), ValueError, r"weights has shape \[3\]: it must be \[B\] = \[4\]"),
+        (dict(weights=Z(4, 1)), ValueError, r"weights has shape \[4, 1\]"),
+        (dict(weights=Z(4).double()), TypeError, "weights has dtype torch.float64: it must be torch.float32"),
+        (dict(weights=Z(4, device="meta")), ValueError, "weights is on meta"),
+    ]
+    for options, error, message in wrong:
+        with pytest.raises(error, match=message):
+            sum_grad_squared_linear_(out, a, g, **options)
+        assert torch.equal(out, before)
+
+
 # In place
 
 
@@ -285,10 +370,11 @@ def test_compiled_as_one_graph(leading):
 
 def test_the_number_of_threads_does_not_matter():
     """Another number of threads may choose other tiles, never another order of summation within an element."""
-    inputs = make_inputs((5, 300), 200, 300, torch.float32)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results += add(torch_ops, inputs)
-    torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    threads = torch.get_num_threads()
+    for leading in ((5, 300), (50, 7), (600,)):
+        inputs, results = with_moments(leading, 200, 300, torch.float32), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(moments(absolute=False)(torch_ops, inputs))
+        torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))

@@ -34,7 +34,10 @@ SCHEMAS = {
         "(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor logp, Tensor row_max,"
         " Tensor log_sum, int ignore_index, int chunk_bytes, bool[3] needs) -> (Tensor, Tensor, Tensor)"
     ),
-    "sum_grad_squared_linear_": "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, float scale) -> ()",
+    "sum_grad_squared_linear_": (
+        "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"
+        " bool absolute) -> ()"
+    ),
     "dampen_": (
         "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float alpha, float lam, float exponent, float cap)"
         " -> Tensor"

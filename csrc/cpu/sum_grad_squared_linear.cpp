@@ -1,61 +1,73 @@
-// Registers sum_grad_squared_linear_ for the CPU key. Output tiles are spread over torch's threads.
+// Registers sum_grad_squared_linear_ for the CPU key. Output tiles are spread over torch's threads; their shapes depend
+// on the number of threads, the order of summation within an element does not.
 #include "cpu/sum_grad_squared_linear.h"
 
-#include "cpu/tensors.h"
+#include <vector>
+
+#include "cpu/squares_tensors.h"
 
 namespace unlearn {
 namespace {
 
-// Halves the tile until every thread has some, but not below what repays the packing.
-void choose_tile(int64_t O, int64_t I, int64_t& tile_o, int64_t& tile_i) {
-  tile_o = std::min(TILE_O, O);
-  tile_i = std::min(TILE_I, I);
-  const int64_t wanted = torch::stable::get_num_threads() == 1 ? 1 : 3 * int64_t(torch::stable::get_num_threads());
-  const auto tiles = [&] { return ((O + tile_o - 1) / tile_o) * ((I + tile_i - 1) / tile_i); };
-  while (tiles() < wanted && (tile_i > 64 || tile_o > 48)) {
-    if (tile_i >= tile_o && tile_i > 64) {
-      tile_i = std::max<int64_t>(64, tile_i / 2);
-    } else {
-      tile_o = std::max<int64_t>(48, tile_o / 2);
+template <class C, class Layer>
+void add_tiles(const Layer& layer, int64_t work_per_element, int64_t a_size, int64_t g_size) {
+  const Grid grid = tile_grid<C>(layer.O, layer.I);
+  const int64_t work = work_per_element * grid.rows * grid.strips * strip_columns<C>();
+  torch::stable::parallel_for(0, grid.tiles(), grain(work), [&](int64_t begin, int64_t end) {
+    Workspace<C> workspace(a_size, g_size, grid.rows, grid.strips * strip_columns<C>());
+    for (int64_t tile = begin; tile < end; ++tile) {
+      on_best_simd(TileWork<Layer, C>{layer, grid.tile(tile), workspace});
     }
-  }
+  });
 }
 
+// T = 1. The first moment is a product of its own.
 template <class T>
-void run(SquaresProblem<T> q) {
-  const bool square_inputs = q.T_ == 1;
-  if (square_inputs) {  // the examples take the place of the positions
-    q.a.stride_t = q.a.stride_b;
-    q.g.stride_t = q.g.stride_b;
-    std::swap(q.B, q.T_);
+void add_products(const LinearLayer<T>& q) {
+  using C = compute_t<T>;
+  const int64_t MR = strip_rows(), NR = strip_columns<C>();
+  const int64_t g_strips = (q.O + MR - 1) / MR, a_strips = (q.I + NR - 1) / NR;
+  const int64_t g_size = g_strips * MR * q.B, a_size = a_strips * NR * q.B, line = 64 / sizeof(C);
+  std::unique_ptr<C[]> memory(new C[g_size + a_size + 2 * line]);
+  C* a_panel = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+  C* g_panel = a_panel + (a_size + line - 1) / line * line;
+  std::vector<C> a_scales, g_scales;
+
+  const auto add = [&](Factor factor, C* target) {
+    const bool square = factor == Factor::square;
+    FactorWork<T> work{q.a,     q.g,     q.B, q.O, q.I, factor, square ? a_scales.data() : nullptr,
+                       square ? g_scales.data() : nullptr, q.moments.weights, a_panel, g_panel, 0, 0};
+    torch::stable::parallel_for(0, g_strips + a_strips, grain(q.B * NR), [&](int64_t begin, int64_t end) {
+      FactorWork<T> part = work;
+      part.begin = begin;
+      part.end = end;
+      on_best_simd(part);
+    });
+    if (square) {
+      for (C& scale : a_scales) scale = 1 / scale;
+      for (C& scale : g_scales) scale = 1 / scale;
+    }
+    PackedProducts<T> products{
+        Moments<C>{target, nullptr, nullptr, q.moments.scale, false}, a_panel, g_panel, work.a_scales, work.g_scales,
+        q.B, q.O, q.I};
+    add_tiles<C>(products, q.B, 0, 0);
+  };
+
+  if (q.moments.absolute) {
+    add(Factor::magnitude, q.moments.out);
+  } else {
+    a_scales.resize(q.I);
+    g_scales.resize(q.O);
+    column_scales(q.a, static_cast<const C*>(nullptr), q.B, q.I, a_scales.data());
+    column_scales(q.g, q.moments.weights, q.B, q.O, g_scales.data());
+    add(Factor::square, q.moments.out);
   }
-  std::vector<compute_t<T>> scales(square_inputs ? q.I + q.O : 0);
-  if (square_inputs) {
-    column_scales(q.a, q.T_, q.I, scales.data());
-    column_scales(q.g, q.T_, q.O, scales.data() + q.I);
-    q.a_scale = scales.data();
-    q.g_scale = scales.data() + q.I;
-  }
-  int64_t tile_o, tile_i;
-  choose_tile(q.O, q.I, tile_o, tile_i);
-  const int64_t across = (q.I + tile_i - 1) / tile_i, tiles = across * ((q.O + tile_o - 1) / tile_o);
-  const int64_t work = q.B * q.T_ * tile_o * tile_i;
-  torch::stable::parallel_for(
-      0, tiles, std::max<int64_t>(1, GRAIN / std::max<int64_t>(work, 1)), [&](int64_t begin, int64_t end) {
-        Workspace<compute_t<T>> workspace;
-        for (int64_t tile = begin; tile < end; ++tile) {
-          const int64_t o0 = tile / across * tile_o, i0 = tile % across * tile_i;
-          const int64_t o_count = std::min(tile_o, q.O - o0), i_count = std::min(tile_i, q.I - i0);
-          if (square_inputs) {
-            squares_tile<true>(q, o0, o_count, i0, i_count, workspace);
-          } else {
-            squares_tile<false>(q, o0, o_count, i0, i_count, workspace);
-          }
-        }
-      });
+  if (q.moments.first) add(Factor::value, q.moments.first);
 }
 
-void sum_grad_squared_linear_(Tensor out, Tensor inputs, Tensor grad_outputs, double scale) {
+void sum_grad_squared_linear_(
+    Tensor out, Tensor inputs, Tensor grad_outputs, std::optional<Tensor> weights, std::optional<Tensor> first,
+    double scale, bool absolute) {
   STD_TORCH_CHECK(
       (inputs.dim() == 2 || inputs.dim() == 3) && grad_outputs.dim() == inputs.dim(),
       "inputs and grad_outputs must both be [B, T, features] or [B, features]");
@@ -67,21 +79,21 @@ void sum_grad_squared_linear_(Tensor out, Tensor inputs, Tensor grad_outputs, do
   STD_TORCH_CHECK(
       out.dim() == 2 && out.size(0) == grad_outputs.size(c) && out.size(1) == inputs.size(c),
       "out must be [features of grad_outputs, features of inputs]");
-  STD_TORCH_CHECK(inputs.scalar_type() == grad_outputs.scalar_type(), "inputs and grad_outputs must have one dtype");
-  STD_TORCH_CHECK(
-      out.scalar_type() == compute_dtype(inputs.scalar_type()), "out must be float32, or float64 for float64 inputs");
+  check_moments(out, inputs, grad_outputs, weights, first);
   if (out.numel() == 0 || inputs.numel() == 0 || grad_outputs.numel() == 0) return;
-  Tensor target = torch::stable::contiguous(out);
+  MomentTensors tensors(out, weights, first);
   dispatch_floating(inputs.scalar_type(), "inputs", [&](auto type) {
     using T = decltype(type);
     const auto operand = [&](const Tensor& x) {
       return Operand<T>{data<T>(x), x.stride(0), positions ? x.stride(1) : 0, x.stride(c)};
     };
-    run(SquaresProblem<T>{
-        mutable_data<compute_t<T>>(target), operand(inputs), operand(grad_outputs), inputs.size(0),
-        positions ? inputs.size(1) : 1, out.size(0), out.size(1), scale});
+    const LinearLayer<T> layer{
+        tensors.moments<compute_t<T>>(scale, absolute), operand(inputs), operand(grad_outputs), inputs.size(0),
+        positions ? inputs.size(1) : 1, out.size(0), out.size(1)};
+    if (layer.T_ == 1) return add_products(layer);
+    add_tiles<compute_t<T>>(layer, layer.B * layer.T_, TILE_T * (TILE_I + 64), TILE_T * (TILE_O + 16));
   });
-  if (target.const_data_ptr() != out.const_data_ptr()) torch::stable::copy_(out, target);
+  tensors.write_back();
 }
 
 }  // namespace

@@ -1,24 +1,16 @@
-// out[o, i] += scale * sum_b (sum_t g[b, t, o] * a[b, t, i])^2, the squared per-example gradients of a linear layer.
+// out[o, i] += scale * sum_b w_b * (sum_t g[b, t, o] * a[b, t, i])^2, the squared per-example gradients of a linear layer
+// (or their magnitudes), and the first moment beside them; see squares_tile.h.
 //
-// Fused: per-example matrix product, square, sum over examples; nothing of size [B, O, I] exists. Reads g and a once for
-// every tile of the output that needs them, writes out once.
-// Work: one output tile a task, tiles over threads. The examples stream past a tile: their g and a are packed into
-// cache-sized panels (converting to the computing type), a register micro-tile multiplies, and its epilogue squares
-// into the tile's running sum. One position an example (T = 1) is the plain product of squares: the examples then take
-// the place of positions, and the square moves into the packing.
+// Reads g and a once for every tile of the output that needs them, writes out and first once.
+// One position an example (T = 1) is a plain product, of squares for `out`: the examples then take the place of
+// positions, the square and the weight move into the packing, and both operands are packed once, for all tiles.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <memory>
-#include <vector>
 
-#include "cpu/scalar.h"
+#include "cpu/squares_tile.h"
 
 namespace unlearn {
-
-constexpr int64_t TILE_O = 96, TILE_I = 256;  // output tile, at most; its running sum is 96 KiB in float
-constexpr int64_t TILE_T = 256;               // positions packed at a time
 
 // A [B, T, C] operand with any strides.
 template <class T>
@@ -28,27 +20,74 @@ struct Operand {
 };
 
 template <class T>
-struct SquaresProblem {
-  compute_t<T>* out;  // [O, I], contiguous
-  Operand<T> a, g;    // inputs [B, T, I], grad_outputs [B, T, O]
+struct LinearLayer {
+  using C = compute_t<T>;
+  Moments<C> moments;
+  Operand<T> a, g;  // inputs [B, T, I], grad_outputs [B, T, O]
   int64_t B, T_, O, I;
-  double scale;
-  // Where factors are squared before their product: powers of two that bring each column of a and g near 1, so that the
-  // squares of large and small factors neither overflow nor vanish.
-  const compute_t<T>*a_scale = nullptr, *g_scale = nullptr;
+
+  int64_t pieces() const { return (T_ + TILE_T - 1) / TILE_T; }
+  int64_t together() const { return std::max<int64_t>(1, TILE_T / T_); }  // examples a panel
+  int64_t steps() const { return pieces() > 1 ? B * pieces() : (B + together() - 1) / together(); }
+
+  template <int64_t NR, int64_t MR>
+  UNLEARN_INLINE Panel<C> pack(int64_t step, const Tile& tile, Workspace<C>& w) const {
+    Panel<C> panel;
+    const int64_t pieces = this->pieces(), piece = step % pieces;
+    const int64_t t0 = T_ * piece / pieces, t1 = T_ * (piece + 1) / pieces, i0 = tile.strip0 * NR;
+    panel.example = pieces > 1 ? step / pieces : step * together();
+    panel.examples = std::min(pieces > 1 ? 1 : together(), B - panel.example);
+    panel.T = t1 - t0;
+    panel.a_example = panel.T * NR;
+    panel.g_example = panel.T * MR;
+    const int64_t a_strip = panel.examples * panel.a_example;
+    panel.g_strip = panel.examples * panel.g_example;
+    for (int64_t e = 0; e < panel.examples; ++e) {
+      const int64_t b = panel.example + e;
+      unlearn::pack<NR>(
+          a.data + b * a.stride_b + t0 * a.stride_t + i0 * a.stride_c, a.stride_t, a.stride_c, panel.T,
+          std::min(tile.strips * NR, I - i0), a_strip, w.a + e * panel.a_example);
+      unlearn::pack<MR>(
+          g.data + b * g.stride_b + t0 * g.stride_t + tile.o0 * g.stride_c, g.stride_t, g.stride_c, panel.T, tile.rows,
+          panel.g_strip, w.g + e * panel.g_example);
+    }
+    panel.a = w.a;
+    panel.g = w.g;
+    panel.begins = piece == 0;
+    panel.ends = piece == pieces - 1;
+    panel.finish = moments.absolute ? Finish::absolute : Finish::square;
+    return panel;
+  }
+
+  template <int64_t NR>
+  UNLEARN_INLINE auto rows() const {
+    return [](int64_t t) { return t * NR; };
+  }
+  template <int64_t NR>
+  UNLEARN_INLINE int64_t strip(const Panel<C>& panel, const Tile&, int64_t j) const {
+    return j * panel.examples * panel.a_example;
+  }
+  template <int64_t NR>
+  UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
+    const int64_t i0 = tile.strip0 * NR, count = std::min(tile.strips * NR, I - i0);
+    C* out = target + (tile.o0 + row) * I + i0;
+    for (int64_t i = 0; i < count; ++i) out[i] += moments.scale * sum[i];
+  }
 };
 
-// For each column over T positions, the power of two that brings its largest magnitude near 1; 1 where that is 0 or not
-// finite.
+// For each column over B examples, the power of two that brings its largest magnitude, times the root of the example's
+// weight, near 1; 1 where that is 0 or not finite.
 template <class T>
-UNLEARN_CLONED void column_scales(const Operand<T>& x, int64_t T_, int64_t columns, compute_t<T>* scales) {
+UNLEARN_CLONED void column_scales(
+    const Operand<T>& x, const compute_t<T>* weights, int64_t B, int64_t columns, compute_t<T>* scales) {
   using C = compute_t<T>;
   std::fill(scales, scales + columns, C(0));
-  for (int64_t t = 0; t < T_; ++t) {
-    const T* row = x.data + t * x.stride_t;
+  for (int64_t b = 0; b < B; ++b) {
+    const T* row = x.data + b * x.stride_b;
+    const C root = weights ? std::sqrt(weights[b] < 0 ? -weights[b] : weights[b]) : C(1);
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
-      const C value = load(row[c * x.stride_c]), magnitude = value < 0 ? -value : value;
+      const C value = load(row[c * x.stride_c]) * root, magnitude = value < 0 ? -value : value;
       scales[c] = magnitude > scales[c] ? magnitude : scales[c];
     }
   }
@@ -59,149 +98,111 @@ UNLEARN_CLONED void column_scales(const Operand<T>& x, int64_t T_, int64_t colum
   }
 }
 
-// Panels are padded to whole strips, at most 64 columns more than a tile. All are aligned to vectors.
-template <class C>
-class Workspace {
-  static constexpr int64_t A = TILE_T * (TILE_I + 64), G = TILE_T * (TILE_O + 64), SUM = (TILE_O + 64) * (TILE_I + 64);
-  std::unique_ptr<C[]> memory_{new C[A + G + 2 * SUM + 64 / sizeof(C)]};
+// What a factor becomes before the product: itself, its magnitude, or its square.
+enum class Factor { value, magnitude, square };
 
- public:
-  C* a = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  C *g = a + A, *product = g + G, *sum = product + SUM;
+// Packs strip number `strip` of an operand over all examples.
+template <int64_t width, class T>
+UNLEARN_INLINE void pack_factors(
+    const Operand<T>& x, int64_t B, int64_t columns, int64_t strip, Factor factor, const compute_t<T>* scales,
+    const compute_t<T>* weights, compute_t<T>* panel) {
+  using C = compute_t<T>;
+  const int64_t c0 = strip * width, count = std::min(width, columns - c0);
+  panel += strip * B * width;
+  for (int64_t b = 0; b < B; ++b, panel += width) {
+    const T* row = x.data + b * x.stride_b + c0 * x.stride_c;
+    const C weight = weights ? weights[b] : C(1);
+    C values[width];
+    if (x.stride_c == 1 && count == width) {
+      for (int64_t c = 0; c < width; ++c) values[c] = load(row[c]);
+    } else {
+      for (int64_t c = 0; c < width; ++c) values[c] = c < count ? load(row[c * x.stride_c]) : C(0);
+    }
+    if (factor == Factor::value) {
+      for (int64_t c = 0; c < width; ++c) panel[c] = weight * values[c];
+    } else if (factor == Factor::magnitude) {
+      for (int64_t c = 0; c < width; ++c) panel[c] = weight * (values[c] < 0 ? -values[c] : values[c]);
+    } else {  // the weight goes between: with it both factors are near 1
+      for (int64_t c = 0; c < width; ++c) {
+        const C scaled = values[c] * (c < count ? scales[c0 + c] : C(1));
+        panel[c] = scaled * weight * scaled;
+      }
+    }
+  }
+}
+
+// Strips [begin, end) of both operands, the strips of g first; `scales` and `weights` may be null.
+template <class T>
+struct FactorWork {
+  using C = compute_t<T>;
+  Operand<T> a, g;
+  int64_t B, O, I;
+  Factor factor;
+  const C *a_scales, *g_scales, *weights;
+  C *a_panel, *g_panel;
+  int64_t begin, end;
+
+  template <int BYTES, int MR>
+  UNLEARN_INLINE void run() const {
+    const int64_t g_strips = (O + MR - 1) / MR;
+    for (int64_t strip = begin; strip < end; ++strip) {
+      if (strip < g_strips) {
+        pack_factors<MR>(g, B, O, strip, factor, g_scales, weights, g_panel);
+      } else {
+        pack_factors<2 * BYTES / sizeof(C)>(a, B, I, strip - g_strips, factor, a_scales, (const C*)nullptr, a_panel);
+      }
+    }
+  }
 };
 
-// Packs T positions of `count` columns into strips of `width` columns: panel[strip][t][column], zeros beyond the last
-// column. Positions go outermost, so that memory is read in its own order. With SQUARE, values are multiplied by
-// their column's scale and squared.
-template <bool SQUARE, int64_t width, class T>
-UNLEARN_INLINE void pack(
-    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, const compute_t<T>* scale,
-    compute_t<T>* panel) {
+// T = 1, both operands packed: out[o, i] += scale * sum_b g[b, o] * a[b, i], the factors as they were packed.
+template <class T>
+struct PackedProducts {
   using C = compute_t<T>;
-  const auto value = [scale](T x, int64_t column) {
-    const C loaded = load(x);
-    if constexpr (!SQUARE) return loaded;
-    const C scaled = loaded * scale[column];
-    return scaled * scaled;
-  };
-  const int64_t whole = stride_c == 1 ? count / width * width : 0;
-  for (int64_t t = 0; t < T_; ++t) {
-    const T* row = source + t * stride_t;
-    C* target = panel + t * width;
-    for (int64_t c0 = 0; c0 < whole; c0 += width, target += T_ * width) {
-      if constexpr (std::is_same_v<T, C> && !SQUARE) {  // left to itself, the compiler gathers across positions
-        std::memcpy(target, row + c0, width * sizeof(C));
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) target[c] = value(row[c0 + c], c0 + c);
-      }
+  Moments<C> moments;  // `out` alone; scale and units
+  const C *a, *g;      // [strip][B][columns of a strip]
+  const C *a_units, *g_units;  // inverse scales, or null
+  int64_t B, O, I;
+
+  int64_t steps() const { return (B + TILE_T - 1) / TILE_T; }
+
+  template <int64_t NR, int64_t MR>
+  UNLEARN_INLINE Panel<C> pack(int64_t step, const Tile& tile, Workspace<C>&) const {
+    const int64_t t0 = B * step / steps(), t1 = B * (step + 1) / steps();
+    Panel<C> panel;
+    panel.a = a + (tile.strip0 * B + t0) * NR;
+    panel.g = g + tile.o0 * B + t0 * MR;
+    panel.T = t1 - t0;
+    panel.g_strip = B * MR;
+    panel.example = 0;
+    panel.examples = 1;
+    panel.a_example = panel.g_example = 0;
+    panel.finish = Finish::add;
+    return panel;
+  }
+
+  template <int64_t NR>
+  UNLEARN_INLINE auto rows() const {
+    return [](int64_t t) { return t * NR; };
+  }
+  template <int64_t NR>
+  UNLEARN_INLINE int64_t strip(const Panel<C>&, const Tile&, int64_t j) const {
+    return j * B * NR;
+  }
+  template <int64_t NR>
+  UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
+    const int64_t i0 = tile.strip0 * NR, count = std::min(tile.strips * NR, I - i0);
+    C* out = target + (tile.o0 + row) * I + i0;
+    if (!a_units) {
+      for (int64_t i = 0; i < count; ++i) out[i] += moments.scale * sum[i];
+      return;
     }
-    for (int64_t c0 = whole; c0 < count; c0 += width, target += T_ * width) {
-      const int64_t columns = std::min(width, count - c0);
-      for (int64_t c = 0; c < columns; ++c) target[c] = value(row[(c0 + c) * stride_c], c0 + c);
-      for (int64_t c = columns; c < width; ++c) target[c] = C(0);
+    const C g_unit = g_units[tile.o0 + row];
+    for (int64_t i = 0; i < count; ++i) {
+      const C unit = g_unit * a_units[i0 + i];  // may be infinite
+      out[i] += sum[i] == 0 ? C(0) : moments.scale * (sum[i] * unit * unit);
     }
   }
-}
-
-enum class Epilogue { add, square, store, accumulate, accumulate_square };
-
-// [MR, 2 vectors] += g[t][MR]^T a[t][2 vectors], then the epilogue into rows of `stride` columns.
-template <int BYTES, int MR, class C>
-UNLEARN_INLINE void micro_tile(
-    const C* g, const C* a, int64_t T_, C* product, C* sum, int64_t stride, Epilogue epilogue) {
-  typedef C Vector __attribute__((vector_size(BYTES), aligned(sizeof(C)), may_alias));
-  constexpr int lanes = BYTES / sizeof(C);
-  Vector acc[MR][2] = {};
-  for (int64_t t = 0; t < T_; ++t, g += MR, a += 2 * lanes) {
-    const Vector a0 = *reinterpret_cast<const Vector*>(a), a1 = *reinterpret_cast<const Vector*>(a + lanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      acc[m][0] += g[m] * a0;
-      acc[m][1] += g[m] * a1;
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-    for (int half = 0; half < 2; ++half) {
-      const Vector value = acc[m][half];
-      Vector& p = *reinterpret_cast<Vector*>(product + m * stride + half * lanes);
-      Vector& s = *reinterpret_cast<Vector*>(sum + m * stride + half * lanes);
-      switch (epilogue) {
-        case Epilogue::add: s += value; break;
-        case Epilogue::square: s += value * value; break;
-        case Epilogue::store: p = value; break;
-        case Epilogue::accumulate: p += value; break;
-        case Epilogue::accumulate_square: s += (p + value) * (p + value); break;
-      }
-    }
-  }
-}
-
-template <int BYTES, int MR, bool SQUARE, class T>
-UNLEARN_INLINE void sum_over_examples(
-    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
-  using C = compute_t<T>;
-  constexpr int64_t NR = 2 * BYTES / sizeof(C);
-  const int64_t stride = (tile_i + NR - 1) / NR * NR;
-  std::fill(w.sum, w.sum + (tile_o + MR) * stride, C(0));
-  const int64_t pieces = (q.T_ + TILE_T - 1) / TILE_T;
-  for (int64_t b = 0; b < q.B; ++b) {
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t t0 = q.T_ * piece / pieces, t1 = q.T_ * (piece + 1) / pieces;
-      const Epilogue epilogue = SQUARE                ? Epilogue::add
-                                : pieces == 1         ? Epilogue::square
-                                : piece == 0          ? Epilogue::store
-                                : piece == pieces - 1 ? Epilogue::accumulate_square
-                                                      : Epilogue::accumulate;
-      pack<SQUARE, NR>(
-          q.a.data + b * q.a.stride_b + t0 * q.a.stride_t + i0 * q.a.stride_c, q.a.stride_t, q.a.stride_c, t1 - t0,
-          tile_i, SQUARE ? q.a_scale + i0 : nullptr, w.a);
-      pack<SQUARE, MR>(
-          q.g.data + b * q.g.stride_b + t0 * q.g.stride_t + o0 * q.g.stride_c, q.g.stride_t, q.g.stride_c, t1 - t0,
-          tile_o, SQUARE ? q.g_scale + o0 : nullptr, w.g);
-      for (int64_t i = 0; i < tile_i; i += NR) {
-        for (int64_t o = 0; o < tile_o; o += MR) {
-          micro_tile<BYTES, MR>(
-              w.g + o * (t1 - t0), w.a + i * (t1 - t0), t1 - t0, w.product + o * stride + i, w.sum + o * stride + i,
-              stride, epilogue);
-        }
-      }
-    }
-  }
-  for (int64_t o = 0; o < tile_o; ++o) {
-    C* out = q.out + (o0 + o) * q.I + i0;
-    const C* sum = w.sum + o * stride;
-    for (int64_t i = 0; i < tile_i; ++i) {
-      const C unit = SQUARE ? 1 / (q.g_scale[o0 + o] * q.a_scale[i0 + i]) : C(1);
-      out[i] += sum[i] == 0 ? C(0) : C(q.scale) * (sum[i] * unit * unit);  // unit may be infinite
-    }
-  }
-}
-
-// One output tile on the machine's best instruction set. 12 x 2 accumulators fill AVX-512's 32 registers, 6 x 2 the 16
-// of AVX2 and SSE; `target_clones` cannot choose such a constant, so the choice is made here.
-#if UNLEARN_HAS_CLONES
-template <bool SQUARE, class T>
-__attribute__((target("arch=x86-64-v4"))) void tile_avx512(
-    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
-  sum_over_examples<64, 12, SQUARE>(q, o0, tile_o, i0, tile_i, w);
-}
-template <bool SQUARE, class T>
-__attribute__((target("arch=x86-64-v3"))) void tile_avx2(
-    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
-  sum_over_examples<32, 6, SQUARE>(q, o0, tile_o, i0, tile_i, w);
-}
-#endif
-
-template <bool SQUARE, class T>
-void squares_tile(
-    const SquaresProblem<T>& q, int64_t o0, int64_t tile_o, int64_t i0, int64_t tile_i, Workspace<compute_t<T>>& w) {
-#if UNLEARN_HAS_CLONES
-  if (simd_level() == Simd::avx512) return tile_avx512<SQUARE>(q, o0, tile_o, i0, tile_i, w);
-  if (simd_level() == Simd::avx2) return tile_avx2<SQUARE>(q, o0, tile_o, i0, tile_i, w);
-#endif
-  sum_over_examples<16, 6, SQUARE>(q, o0, tile_o, i0, tile_i, w);
-}
+};
 
 }  // namespace unlearn

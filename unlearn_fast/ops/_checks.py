@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, float16, float32, float64, int32, int64
 from torch import bfloat16 as _bfloat16
 
@@ -43,3 +44,67 @@ def may_overlap(shape: Sequence[int], strides: Sequence[int], width: int = 1) ->
             return True
         reach += stride * (size - 1)
     return False
+
+
+def moments(out: Tensor, first: Tensor | None, weights: Tensor | None, B: int) -> None:
+    """What the sums over B examples are added to, and the examples' weights: `out` holds the sum of squares or
+    magnitudes, `first` that of the gradients themselves."""
+    own_memory("out", out)
+    if first is not None:
+        if first.dtype != out.dtype:
+            raise TypeError(f"first has dtype {first.dtype}: it must be {out.dtype}, as out is")
+        if first.shape != out.shape:
+            raise ValueError(f"first has shape {shape(first)}: it must be {shape(out)}, as out is")
+        if first.device != out.device:
+            raise ValueError(f"first is on {first.device} and out on {out.device}: they must be on one device")
+        own_memory("first", first)
+        if not torch.compiler.is_compiling() and _ranges_overlap(out, first):
+            raise ValueError("first shares memory with out: give it memory of its own")
+    if weights is not None:
+        if weights.dtype != out.dtype:
+            raise TypeError(f"weights has dtype {weights.dtype}: it must be {out.dtype}, as out is")
+        if weights.shape != (B,):
+            raise ValueError(f"weights has shape {shape(weights)}: it must be [B] = [{B}], one an example")
+        if weights.device != out.device:
+            raise ValueError(f"weights is on {weights.device} and out on {out.device}: they must be on one device")
+
+
+def own_memory(name: str, tensor: Tensor) -> None:
+    if may_overlap(tensor.shape, tensor.stride()):
+        raise ValueError(f"{name} has overlapping (expanded) memory: give it memory of its own")
+
+
+def _ranges_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the tensors lie in one storage, between one another's first and last elements."""
+    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    starts, ends = zip(*(_element_range(t) for t in (a, b)), strict=True)
+    return max(starts) < min(ends)
+
+
+def _element_range(t: Tensor) -> tuple[int, int]:
+    start = t.data_ptr()
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return start, start + (last + 1) * t.element_size()
+
+
+def layer_tensors(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    """A layer's inputs and the gradients of its outputs: dtypes and devices."""
+    floating("inputs", inputs)
+    if inputs.dtype != grad_outputs.dtype:
+        raise TypeError(f"grad_outputs has dtype {grad_outputs.dtype}: it must be {inputs.dtype}, as inputs is")
+    wide = float64 if inputs.dtype == float64 else float32
+    if out.dtype != wide:
+        raise TypeError(f"out has dtype {out.dtype}: it must be {wide} for inputs in {inputs.dtype}")
+    if inputs.device != out.device or grad_outputs.device != out.device:
+        raise ValueError(
+            f"out is on {out.device}, inputs on {inputs.device}, grad_outputs on {grad_outputs.device}:"
+            " they must be on one device"
+        )
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd what was changed: operators registered through the stable ABI do not."""
+    for tensor in tensors:
+        if tensor is not None and not torch.compiler.is_compiling() and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

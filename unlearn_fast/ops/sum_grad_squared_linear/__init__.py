@@ -15,11 +15,14 @@ def sum_grad_squared_linear_(
     grad_outputs: Tensor,  # [B, T, O] or [B, O]
     *,
     scale: float = 1.0,
+    weights: Tensor | None = None,  # [B]
+    first: Tensor | None = None,  # [O, I]
+    absolute: bool = False,
 ) -> Tensor:
-    """`out[o, i] += scale * sum_b (sum_t grad_outputs[b, t, o] * inputs[b, t, i])^2`, in place.
+    """`out += scale * sum_b w_b G_b^2`, with `G_b[o, i] = sum_t grad_outputs[b, t, o] * inputs[b, t, i]`, in place.
 
-    The inner sum is example b's gradient of the weight of `y = x @ weight.T`. The cost is that of the ordinary weight
-    gradient, 2 B T O I floating-point operations; no [B, O, I] tensor is stored.
+    G_b is example b's gradient of the weight of `y = x @ weight.T`. The cost is that of the ordinary weight gradient,
+    2 B T O I floating-point operations (twice that for T = 1 with `first`); no [B, O, I] tensor is stored.
 
     Args:
         out: [O, I] in float32 (float64 for float64 inputs), added to.
@@ -27,29 +30,28 @@ def sum_grad_squared_linear_(
         grad_outputs: the loss gradient of the layer's outputs, with O in place of I; the same dtype as `inputs`
             (float32, float64, bfloat16 or float16; 16-bit inputs are multiplied and accumulated in float32).
         scale: factor of this contribution, for example 1 / number of examples.
+        weights: w_b, one an example, in out's dtype; None stands for ones.
+        first: where `scale * sum_b w_b G_b` is added too; shape and dtype of `out`.
+        absolute: adds |G_b| to `out`, in place of G_b^2.
 
     Returns:
         `out`. Not differentiable.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device does not fit, or `out` has overlapping (expanded) memory;
-            `out` is then unchanged.
+        TypeError, ValueError: a dtype, shape or device does not fit, or `out` or `first` has overlapping (expanded)
+            memory; both are then unchanged.
     """
     _check(out, inputs, grad_outputs)
+    _checks.moments(out, first, weights, inputs.shape[0])
     warn_if_slow(out.device.type)
-    torch.ops.unlearn_fast.sum_grad_squared_linear_(out.detach(), inputs.detach(), grad_outputs.detach(), scale)
-    if not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+    tensors = (None if t is None else t.detach() for t in (out, inputs, grad_outputs, weights, first))
+    torch.ops.unlearn_fast.sum_grad_squared_linear_(*tensors, scale, absolute)
+    _checks.written(out, first)
     return out
 
 
 def _check(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
-    _checks.floating("inputs", inputs)
-    if inputs.dtype != grad_outputs.dtype:
-        raise TypeError(f"grad_outputs has dtype {grad_outputs.dtype}: it must be {inputs.dtype}, as inputs is")
-    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    if out.dtype != wide:
-        raise TypeError(f"out has dtype {out.dtype}: it must be {wide} for inputs in {inputs.dtype}")
+    _checks.layer_tensors(out, inputs, grad_outputs)
     if inputs.dim() not in (2, 3) or inputs.shape[:-1] != grad_outputs.shape[:-1]:
         raise ValueError(
             f"inputs has shape {_checks.shape(inputs)} and grad_outputs {_checks.shape(grad_outputs)}:"
@@ -59,17 +61,20 @@ def _check(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
         raise ValueError(
             f"out has shape {_checks.shape(out)}: it must be [O, I] = [{grad_outputs.shape[-1]}, {inputs.shape[-1]}]"
         )
-    if inputs.device != out.device or grad_outputs.device != out.device:
-        raise ValueError(
-            f"out is on {out.device}, inputs on {inputs.device}, grad_outputs on {grad_outputs.device}:"
-            " they must be on one device"
-        )
-    if _checks.may_overlap(out.shape, out.stride()):
-        raise ValueError("out has overlapping (expanded) memory: give it memory of its own")
 
 
-def _add_squares(out: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: float) -> None:
-    reference.sum_grad_squared_linear_(out, inputs, grad_outputs, scale=scale)
+def _add_squares(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None,
+    first: Tensor | None,
+    scale: float,
+    absolute: bool,
+) -> None:
+    reference.sum_grad_squared_linear_(
+        out, inputs, grad_outputs, scale=scale, weights=weights, first=first, absolute=absolute
+    )
 
 
 implement("sum_grad_squared_linear_", _add_squares)

@@ -1,0 +1,92 @@
+// What the registrations of the sum_grad_squared operators share: checks, out and first as contiguous memory, tiles.
+#pragma once
+
+#include <optional>
+
+#include "cpu/squares_tile.h"
+#include "cpu/tensors.h"
+
+namespace unlearn {
+
+inline void check_moments(
+    const Tensor& out, const Tensor& inputs, const Tensor& grad_outputs, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& first) {
+  STD_TORCH_CHECK(inputs.scalar_type() == grad_outputs.scalar_type(), "inputs and grad_outputs must have one dtype");
+  STD_TORCH_CHECK(
+      out.scalar_type() == compute_dtype(inputs.scalar_type()), "out must be float32, or float64 for float64 inputs");
+  STD_TORCH_CHECK(
+      !weights || (weights->dim() == 1 && weights->size(0) == inputs.size(0) &&
+                   weights->scalar_type() == out.scalar_type()),
+      "weights must be [B] in out's dtype");
+  bool same = !first || (first->dim() == out.dim() && first->scalar_type() == out.scalar_type());
+  for (int64_t d = 0; first && same && d < out.dim(); ++d) same = first->size(d) == out.size(d);
+  STD_TORCH_CHECK(same, "first must have the shape and dtype of out");
+}
+
+// out and first, copied to contiguous memory and back where they are not; weights likewise.
+class MomentTensors {
+ public:
+  MomentTensors(const Tensor& out, const std::optional<Tensor>& weights, const std::optional<Tensor>& first)
+      : out_(out), out_target_(torch::stable::contiguous(out)) {
+    if (weights) weights_ = torch::stable::contiguous(*weights);
+    if (first) {
+      first_ = *first;
+      first_target_ = torch::stable::contiguous(*first);
+    }
+  }
+  template <class C>
+  Moments<C> moments(double scale, bool absolute) const {
+    return {
+        mutable_data<C>(out_target_), first_ ? mutable_data<C>(*first_target_) : nullptr,
+        weights_ ? data<C>(*weights_) : nullptr, C(scale), absolute};
+  }
+  void write_back() {
+    copy_where_moved(out_, out_target_);
+    if (first_) copy_where_moved(*first_, *first_target_);
+  }
+
+ private:
+  static void copy_where_moved(Tensor& tensor, const Tensor& target) {
+    if (target.const_data_ptr() != tensor.const_data_ptr()) torch::stable::copy_(tensor, target);
+  }
+  Tensor out_, out_target_;
+  std::optional<Tensor> first_, first_target_, weights_;
+};
+
+// Tiles of whole strips over an output of `O` rows and column strips.
+struct Grid {
+  int64_t O, all_strips, rows, strips;
+
+  int64_t across() const { return (all_strips + strips - 1) / strips; }
+  int64_t tiles() const { return across() * ((O + rows - 1) / rows); }
+  Tile tile(int64_t index) const {
+    const int64_t o0 = index / across() * rows, strip0 = index % across() * strips;
+    return {o0, std::min(rows, O - o0), strip0, std::min(strips, all_strips - strip0)};
+  }
+};
+
+// Halves the tiles until every thread has some, but not below what repays the packing.
+template <class C>
+Grid tile_grid(int64_t O, int64_t columns) {
+  const int64_t NR = strip_columns<C>(), MR = strip_rows();
+  Grid grid{O, (columns + NR - 1) / NR, TILE_O, TILE_I / NR};
+  grid.rows = std::min(grid.rows, (O + MR - 1) / MR * MR);
+  grid.strips = std::min(grid.strips, grid.all_strips);
+  const int64_t threads = torch::stable::get_num_threads(), wanted = threads == 1 ? 1 : 3 * threads;
+  const int64_t least_rows = TILE_O / 2, least_strips = std::max<int64_t>(1, 64 / NR);
+  while (grid.tiles() < wanted && (grid.rows > least_rows || grid.strips > least_strips)) {
+    if (grid.strips * NR >= grid.rows && grid.strips > least_strips) {
+      grid.strips = std::max(least_strips, (grid.strips + 1) / 2);
+    } else if (grid.rows > least_rows) {
+      grid.rows = std::max(least_rows, grid.rows / 2 / MR * MR);
+    } else {
+      grid.strips = std::max(least_strips, (grid.strips + 1) / 2);
+    }
+  }
+  return grid;
+}
+
+// Tasks a thread should at least take, of `work` elements each.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(work, 1)); }
+
+}  // namespace unlearn
