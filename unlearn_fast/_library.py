@@ -38,6 +38,10 @@ SCHEMAS = {
         "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"
         " bool absolute) -> ()"
     ),
+    "sum_grad_squared_conv_": (
+        "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, int[] stride, int[] padding, int[] dilation, int groups,"
+        " Tensor? weights, Tensor(b!)? first, float scale, bool absolute) -> ()"
+    ),
     "dampen_": (
         "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float alpha, float lam, float exponent, float cap)"
         " -> Tensor"

@@ -28,9 +28,9 @@ struct Moments {
   bool absolute;
 };
 
-// An output tile: rows [o0, o0 + rows) of one group, column strips [strip0, strip0 + strips).
+// An output tile: rows [o0, o0 + rows) of one group of rows, column strips [strip0, strip0 + strips).
 struct Tile {
-  int64_t o0, rows, strip0, strips;
+  int64_t group, o0, rows, strip0, strips;
 };
 
 // What an epilogue does with a finished product.
@@ -124,60 +124,66 @@ UNLEARN_INLINE void pack(
   pack<width>(source, stride_t, stride_c, T_, count, strip, [](T x, int64_t) { return load(x); }, panel);
 }
 
-// For each example of the panel: [MR, 2 vectors] = g[t][MR]^T a[row(t)][2 vectors], then the epilogue into rows of
-// `stride` columns.
+// What becomes of an example's product (its accumulators), in rows of `stride` columns.
+template <int BYTES, int MR, class C, class V>
+UNLEARN_INLINE void epilogue(
+    V (&acc)[MR][2], const Panel<C>& panel, C weight, C* product, C* sum, C* first, int64_t stride) {
+  constexpr int lanes = BYTES / sizeof(C);
+  const auto at = [stride](C* tile, int m, int half) -> V& {
+    return *reinterpret_cast<V*>(tile + m * stride + half * lanes);
+  };
+// The accumulators stay in registers only where every loop over them is unrolled.
+#define UNLEARN_EACH(statement)                                                 \
+  _Pragma("GCC unroll 16") for (int m = 0; m < MR; ++m) {                       \
+    _Pragma("GCC unroll 2") for (int half = 0; half < 2; ++half) { statement; } \
+  }
+  if (!panel.begins) UNLEARN_EACH(acc[m][half] += at(product, m, half))
+  if (!panel.ends) {
+    UNLEARN_EACH(at(product, m, half) = acc[m][half])
+    return;
+  }
+  if (panel.finish == Finish::add) {
+    UNLEARN_EACH(at(sum, m, half) += acc[m][half])
+  } else if (panel.finish == Finish::square) {
+    UNLEARN_EACH(at(sum, m, half) += weight * (acc[m][half] * acc[m][half]))
+  } else {
+    UNLEARN_EACH(at(sum, m, half) += weight * (acc[m][half] < 0 ? -acc[m][half] : acc[m][half]))
+  }
+  if (first) UNLEARN_EACH(at(first, m, half) += weight * acc[m][half])
+#undef UNLEARN_EACH
+}
+
+// For each example of the panel: [MR, 2 vectors] = g[t][MR]^T a[row(t)][2 vectors], then the epilogue.
 template <int BYTES, int MR, class Rows, class C>
 UNLEARN_INLINE void micro_tile(
     const Panel<C>& panel, const C* g, const C* a, Rows row, const C* weights, C* product, C* sum, C* first,
     int64_t stride) {
-  typedef C Vector __attribute__((vector_size(BYTES), aligned(sizeof(C)), may_alias));
+  typedef C V __attribute__((vector_size(BYTES), aligned(sizeof(C)), may_alias));
   constexpr int lanes = BYTES / sizeof(C);
-  const auto at = [stride](C* tile, int m, int half) -> Vector& {
-    return *reinterpret_cast<Vector*>(tile + m * stride + half * lanes);
-  };
   for (int64_t e = 0; e < panel.examples; ++e, a += panel.a_example, g += panel.g_example) {
-    Vector acc[MR][2] = {};
+    V acc[MR][2] = {};
     const C* factors = g;
     for (int64_t t = 0; t < panel.T; ++t, factors += MR) {
       const C* values = a + row(t);
-      const Vector a0 = *reinterpret_cast<const Vector*>(values);
-      const Vector a1 = *reinterpret_cast<const Vector*>(values + lanes);
+      const V a0 = *reinterpret_cast<const V*>(values), a1 = *reinterpret_cast<const V*>(values + lanes);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         acc[m][0] += factors[m] * a0;
         acc[m][1] += factors[m] * a1;
       }
     }
-// The accumulators stay in registers only where every loop over them is unrolled.
-#define UNLEARN_EACH(statement)                                                   \
-  _Pragma("GCC unroll 16") for (int m = 0; m < MR; ++m) {                         \
-    _Pragma("GCC unroll 2") for (int half = 0; half < 2; ++half) { statement; }   \
-  }
-    if (!panel.begins) UNLEARN_EACH(acc[m][half] += at(product, m, half))
-    if (!panel.ends) {
-      UNLEARN_EACH(at(product, m, half) = acc[m][half])
-      continue;
-    }
-    const C weight = weights ? weights[panel.example + e] : C(1);
-    if (panel.finish == Finish::add) {
-      UNLEARN_EACH(at(sum, m, half) += acc[m][half])
-    } else if (panel.finish == Finish::square) {
-      UNLEARN_EACH(at(sum, m, half) += weight * (acc[m][half] * acc[m][half]))
-    } else {
-      UNLEARN_EACH(at(sum, m, half) += weight * (acc[m][half] < 0 ? -acc[m][half] : acc[m][half]))
-    }
-    if (first) UNLEARN_EACH(at(first, m, half) += weight * acc[m][half])
-#undef UNLEARN_EACH
+    epilogue<BYTES>(acc, panel, weights ? weights[panel.example + e] : C(1), product, sum, first, stride);
   }
 }
 
 // A layer has
 //   moments            what to add to
 //   steps()            how many panels pass a tile
+//   State              what pack tells rows and strip
 //   pack<NR, MR>(...)  packs one of them, and returns it
-//   rows(panel)        where in a strip of a the row of a position lies
-//   strip(panel, j)    where in the panel the tile's strip j of a lies
-//   write(...)         adds one row of a tile's sums to the output
+//   rows<NR>(state)    position -> where in a strip of a its row lies
+//   strip<NR>(...)     where in the panel the tile's strip j of a lies
+//   write<NR>(...)     adds one row of a tile's sums to the output
 template <int BYTES, int MR, class Layer, class C>
 UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Workspace<C>& w) {
   constexpr int64_t NR = 2 * BYTES / sizeof(C);
@@ -186,13 +192,14 @@ UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Work
   std::fill(w.sum, w.sum + padded * stride, C(0));
   if (moments.first) std::fill(w.first, w.first + padded * stride, C(0));
   for (int64_t step = 0; step < layer.steps(); ++step) {
-    const Panel<C> panel = layer.template pack<NR, MR>(step, tile, w);
+    typename Layer::State state;
+    const Panel<C> panel = layer.template pack<NR, MR>(step, tile, w, state);
     for (int64_t j = 0; j < tile.strips; ++j) {
-      const C* a = panel.a + layer.template strip<NR>(panel, tile, j);
+      const C* a = panel.a + layer.template strip<NR>(panel, tile, j, state);
       for (int64_t o = 0; o < tile.rows; o += MR) {
         const int64_t place = o * stride + j * NR;
         micro_tile<BYTES, MR>(
-            panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(), moments.weights, w.product + place,
+            panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(state), moments.weights, w.product + place,
             w.sum + place, moments.first ? w.first + place : nullptr, stride);
       }
     }

@@ -10,15 +10,9 @@ namespace unlearn {
 namespace {
 
 template <class C, class Layer>
-void add_tiles(const Layer& layer, int64_t work_per_element, int64_t a_size, int64_t g_size) {
-  const Grid grid = tile_grid<C>(layer.O, layer.I);
-  const int64_t work = work_per_element * grid.rows * grid.strips * strip_columns<C>();
-  torch::stable::parallel_for(0, grid.tiles(), grain(work), [&](int64_t begin, int64_t end) {
-    Workspace<C> workspace(a_size, g_size, grid.rows, grid.strips * strip_columns<C>());
-    for (int64_t tile = begin; tile < end; ++tile) {
-      on_best_simd(TileWork<Layer, C>{layer, grid.tile(tile), workspace});
-    }
-  });
+void add_linear_tiles(const Layer& layer, int64_t work, int64_t a_size, int64_t g_size) {
+  const int64_t NR = strip_columns<C>();
+  add_tiles<C>(layer, tile_grid<C>(1, layer.O, (layer.I + NR - 1) / NR, TILE_I / NR), work, a_size, g_size);
 }
 
 // T = 1. The first moment is a product of its own.
@@ -50,7 +44,7 @@ void add_products(const LinearLayer<T>& q) {
     PackedProducts<T> products{
         Moments<C>{target, nullptr, nullptr, q.moments.scale, false}, a_panel, g_panel, work.a_scales, work.g_scales,
         q.B, q.O, q.I};
-    add_tiles<C>(products, q.B, 0, 0);
+    add_linear_tiles<C>(products, q.B, 0, 0);
   };
 
   if (q.moments.absolute) {
@@ -91,7 +85,7 @@ void sum_grad_squared_linear_(
         tensors.moments<compute_t<T>>(scale, absolute), operand(inputs), operand(grad_outputs), inputs.size(0),
         positions ? inputs.size(1) : 1, out.size(0), out.size(1)};
     if (layer.T_ == 1) return add_products(layer);
-    add_tiles<compute_t<T>>(layer, layer.B * layer.T_, TILE_T * (TILE_I + 64), TILE_T * (TILE_O + 16));
+    add_linear_tiles<compute_t<T>>(layer, layer.B * layer.T_, TILE_T * (TILE_I + 64), TILE_T * (TILE_O + 16));
   });
   tensors.write_back();
 }

@@ -22,6 +22,7 @@ struct Operand {
 template <class T>
 struct LinearLayer {
   using C = compute_t<T>;
+  struct State {};
   Moments<C> moments;
   Operand<T> a, g;  // inputs [B, T, I], grad_outputs [B, T, O]
   int64_t B, T_, O, I;
@@ -31,7 +32,7 @@ struct LinearLayer {
   int64_t steps() const { return pieces() > 1 ? B * pieces() : (B + together() - 1) / together(); }
 
   template <int64_t NR, int64_t MR>
-  UNLEARN_INLINE Panel<C> pack(int64_t step, const Tile& tile, Workspace<C>& w) const {
+  UNLEARN_INLINE Panel<C> pack(int64_t step, const Tile& tile, Workspace<C>& w, State&) const {
     Panel<C> panel;
     const int64_t pieces = this->pieces(), piece = step % pieces;
     const int64_t t0 = T_ * piece / pieces, t1 = T_ * (piece + 1) / pieces, i0 = tile.strip0 * NR;
@@ -60,11 +61,11 @@ struct LinearLayer {
   }
 
   template <int64_t NR>
-  UNLEARN_INLINE auto rows() const {
+  UNLEARN_INLINE auto rows(const State&) const {
     return [](int64_t t) { return t * NR; };
   }
   template <int64_t NR>
-  UNLEARN_INLINE int64_t strip(const Panel<C>& panel, const Tile&, int64_t j) const {
+  UNLEARN_INLINE int64_t strip(const Panel<C>& panel, const Tile&, int64_t j, const State&) const {
     return j * panel.examples * panel.a_example;
   }
   template <int64_t NR>
@@ -159,6 +160,7 @@ struct FactorWork {
 template <class T>
 struct PackedProducts {
   using C = compute_t<T>;
+  struct State {};
   Moments<C> moments;  // `out` alone; scale and units
   const C *a, *g;      // [strip][B][columns of a strip]
   const C *a_units, *g_units;  // inverse scales, or null
@@ -167,7 +169,7 @@ struct PackedProducts {
   int64_t steps() const { return (B + TILE_T - 1) / TILE_T; }
 
   template <int64_t NR, int64_t MR>
-  UNLEARN_INLINE Panel<C> pack(int64_t step, const Tile& tile, Workspace<C>&) const {
+  UNLEARN_INLINE Panel<C> pack(int64_t step, const Tile& tile, Workspace<C>&, State&) const {
     const int64_t t0 = B * step / steps(), t1 = B * (step + 1) / steps();
     Panel<C> panel;
     panel.a = a + (tile.strip0 * B + t0) * NR;
@@ -182,11 +184,11 @@ struct PackedProducts {
   }
 
   template <int64_t NR>
-  UNLEARN_INLINE auto rows() const {
+  UNLEARN_INLINE auto rows(const State&) const {
     return [](int64_t t) { return t * NR; };
   }
   template <int64_t NR>
-  UNLEARN_INLINE int64_t strip(const Panel<C>&, const Tile&, int64_t j) const {
+  UNLEARN_INLINE int64_t strip(const Panel<C>&, const Tile&, int64_t j, const State&) const {
     return j * B * NR;
   }
   template <int64_t NR>

@@ -1,6 +1,9 @@
 """Moments of per-example gradients: out += scale * sum_b w_b G_b^2 and first += scale * sum_b w_b G_b."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 
 def add_moments_(
@@ -27,4 +30,29 @@ def sum_grad_squared_linear_(
         inputs, grad_outputs = inputs.unsqueeze(1), grad_outputs.unsqueeze(1)
     for b, (a, g) in enumerate(zip(inputs.to(out.dtype), grad_outputs.to(out.dtype), strict=True)):
         add_moments_(out, g.T @ a, 1.0 if weights is None else weights[b], first, scale, absolute)
+    return out
+
+
+def sum_grad_squared_conv_(
+    out: Tensor,  # [O, C / groups, *kernel]
+    inputs: Tensor,  # [B, C, *in] or [B, W, C, *in]
+    grad_outputs: Tensor,  # [B, O, *positions] or [B, W, O, *positions]
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    scale: float = 1.0,
+    weights: Tensor | None = None,  # [B]
+    first: Tensor | None = None,  # [O, C / groups, *kernel]
+    absolute: bool = False,
+) -> Tensor:
+    """G_b: torch's weight gradient of the convolution, one example after another."""
+    weight_gradient = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}[out.dim()]
+    layer = (*(x if isinstance(x, int) else tuple(x) for x in (stride, padding, dilation)), groups)
+    if inputs.dim() == out.dim():
+        inputs, grad_outputs = inputs.unsqueeze(1), grad_outputs.unsqueeze(1)
+    for b, (x, g) in enumerate(zip(inputs.to(out.dtype), grad_outputs.to(out.dtype), strict=True)):
+        gradient = weight_gradient(x, out.shape, g, *layer)
+        add_moments_(out, gradient, 1.0 if weights is None else weights[b], first, scale, absolute)
     return out
