@@ -16,13 +16,13 @@ struct Axis {
   int64_t in = 1, out = 1, kernel = 1, stride = 1, padding = 0, dilation = 1;
   int64_t x_stride = 0, g_stride = 0;  // in memory
 
-  // The packed part of the image holds every position between the first and the last that is needed; along an axis with
-  // kernel 1 only those that are.
-  int64_t packed(int64_t outputs) const {
-    return kernel == 1 ? outputs : (outputs - 1) * stride + (kernel - 1) * dilation + 1;
-  }
-  int64_t step() const { return kernel == 1 ? stride : 1; }         // in the image, between packed positions
-  int64_t packed_stride() const { return kernel == 1 ? 1 : stride; }  // in packed positions, between outputs
+  // In a packed part of the image, positions of one phase (their distance is a multiple of the stride) follow one
+  // another, so that successive outputs read successive places: place of output p and offset k is
+  // phase(k) * length + p + k * dilation / stride. Phases that no offset reads are left out.
+  int64_t reach() const { return (kernel - 1) * dilation; }
+  int64_t phases() const { return std::min(stride, reach() + 1); }
+  int64_t length(int64_t outputs) const { return outputs + reach() / stride; }
+  int64_t packed(int64_t outputs) const { return phases() * length(outputs); }
 };
 
 // Output positions [begin, begin + count) along each axis.
@@ -70,6 +70,16 @@ inline bool cut(const Axis (&axes)[AXES], int64_t positions, int64_t region, Box
     outputs *= n;
   }
   return true;
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Which of `count` positions, one stride apart from `start` on, lie in the image.
+inline Range inside_image(const Axis& axis, int64_t start, int64_t count) {
+  const int64_t begin = std::clamp<int64_t>((-start + axis.stride - 1) / axis.stride, 0, count);
+  return {begin, std::clamp<int64_t>((axis.in - start + axis.stride - 1) / axis.stride, begin, count)};
 }
 
 // Calls f(line, the positions along axes 0 to 2) for each of the box's or region's lines along the last axis.

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
 #include "cpu/scalar.h"
@@ -69,22 +70,72 @@ class Workspace {
   }
 };
 
+// Packs 64 bytes of positions, which lie one after another, of `count` <= width columns: panel[t][width], zeros beyond
+// the last column.
+template <class C>
+constexpr int64_t transposed = 64 / sizeof(C);
+
+template <int64_t width, class T>
+UNLEARN_INLINE void pack_transposed(const T* source, int64_t stride_c, int64_t count, compute_t<T>* panel) {
+  using C = compute_t<T>;
+  using Integer = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+  constexpr int N = transposed<C>;
+  typedef C V __attribute__((vector_size(64), aligned(sizeof(C)), may_alias));
+  typedef Integer Places __attribute__((vector_size(64)));
+#pragma GCC unroll 4
+  for (int64_t c0 = 0; c0 < width; c0 += N) {
+    V rows[N];
+#pragma GCC unroll 16
+    for (int c = 0; c < N; ++c) {
+      const T* column = source + (c0 + c) * stride_c;
+      if (c0 + c >= count) {
+        rows[c] = V{};
+      } else if constexpr (std::is_same_v<T, C>) {
+        rows[c] = *reinterpret_cast<const V*>(column);
+      } else {
+        for (int t = 0; t < N; ++t) rows[c][t] = load(column[t]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int half = N / 2; half > 0; half /= 2) {  // the blocks off the diagonal change places
+      Places upper, lower;
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        upper[i] = i & half ? N + i - half : i;
+        lower[i] = i & half ? N + i : i + half;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        if (i & half) continue;
+        const V x = rows[i], y = rows[i + half];
+        rows[i] = __builtin_shuffle(x, y, upper);
+        rows[i + half] = __builtin_shuffle(x, y, lower);
+      }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < N; ++t) {
+      std::memcpy(panel + t * width + c0, &rows[t], std::min<int64_t>(N, width - c0) * sizeof(C));
+    }
+  }
+}
+
 // Packs T positions of `count` columns into strips of `width` columns, `strip` apart: panel[strip][t][column], zeros
-// beyond the last column. `value(x, column)` converts. Memory is read in its own order.
-template <int64_t width, class T, class Value>
+// beyond the last column. Memory is read in its own order.
+template <int64_t width, class T>
 UNLEARN_INLINE void pack(
-    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, int64_t strip, Value value,
+    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, int64_t strip,
     compute_t<T>* panel) {
   using C = compute_t<T>;
-  if (stride_t == 1 && stride_c != 1) {
+  if (std::abs(stride_t) < std::abs(stride_c)) {
     for (int64_t c0 = 0; c0 < count; c0 += width, panel += strip) {
+      const int64_t whole = stride_t == 1 ? T_ / transposed<C> * transposed<C> : 0;
+      for (int64_t t = 0; t < whole; t += transposed<C>) {
+        pack_transposed<width>(source + c0 * stride_c + t, stride_c, std::min(width, count - c0), panel + t * width);
+      }
       for (int64_t c = 0; c < width; ++c) {
         const T* column = source + (c0 + c) * stride_c;
-        if (c0 + c < count) {
-          for (int64_t t = 0; t < T_; ++t) panel[t * width + c] = value(column[t], c0 + c);
-        } else {
-          for (int64_t t = 0; t < T_; ++t) panel[t * width + c] = C(0);
-        }
+        const bool exists = c0 + c < count;
+        for (int64_t t = whole; t < T_; ++t) panel[t * width + c] = exists ? load(column[t * stride_t]) : C(0);
       }
     }
     return;
@@ -94,34 +145,19 @@ UNLEARN_INLINE void pack(
     const T* row = source + t * stride_t;
     C* target = panel + t * width;
     for (int64_t c0 = 0; c0 < whole; c0 += width, target += strip) {
+      if constexpr (std::is_same_v<T, C>) {  // left to itself, the compiler gathers across positions
+        std::memcpy(target, row + c0, width * sizeof(C));
+      } else {
 #pragma omp simd
-      for (int64_t c = 0; c < width; ++c) target[c] = value(row[c0 + c], c0 + c);
+        for (int64_t c = 0; c < width; ++c) target[c] = load(row[c0 + c]);
+      }
     }
     for (int64_t c0 = whole; c0 < count; c0 += width, target += strip) {
       const int64_t columns = std::min(width, count - c0);
-      for (int64_t c = 0; c < columns; ++c) target[c] = value(row[(c0 + c) * stride_c], c0 + c);
+      for (int64_t c = 0; c < columns; ++c) target[c] = load(row[(c0 + c) * stride_c]);
       for (int64_t c = columns; c < width; ++c) target[c] = C(0);
     }
   }
-}
-
-// As they are. A copy of whole lines: left to itself, the compiler gathers across positions.
-template <int64_t width, class T>
-UNLEARN_INLINE void pack(
-    const T* source, int64_t stride_t, int64_t stride_c, int64_t T_, int64_t count, int64_t strip,
-    compute_t<T>* panel) {
-  if constexpr (std::is_same_v<T, compute_t<T>>) {
-    if (stride_c == 1 && count % width == 0) {
-      for (int64_t t = 0; t < T_; ++t) {
-        T* target = panel + t * width;
-        for (int64_t c0 = 0; c0 < count; c0 += width, target += strip) {
-          std::memcpy(target, source + t * stride_t + c0, width * sizeof(T));
-        }
-      }
-      return;
-    }
-  }
-  pack<width>(source, stride_t, stride_c, T_, count, strip, [](T x, int64_t) { return load(x); }, panel);
 }
 
 // What becomes of an example's product (its accumulators), in rows of `stride` columns.

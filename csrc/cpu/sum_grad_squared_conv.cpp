@@ -64,7 +64,7 @@ void add_squares(Convolution<T> q) {
   if (from_image) {
     const Box box = q.boxes.box(q.axes, q.boxes.number() - 1);  // the largest
     region = packed_positions(q.axes, box.count);
-    from_image = region <= std::max<int64_t>(1, q.K / 2) * box.positions();
+    from_image = region <= q.K * box.positions();
   }
   if (from_image) {
     q.together = std::max<int64_t>(1, std::min(TILE_T / positions, REGION / region));

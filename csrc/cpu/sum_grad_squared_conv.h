@@ -64,29 +64,30 @@ struct Convolution {
   // Packs `count` <= width channels of an example's region: panel[position][width].
   template <int64_t width>
   UNLEARN_INLINE void pack_x(const T* first, const Box& box, int64_t count, C* panel) const {
-    int64_t packed[AXES], start[AXES];
+    int64_t lines[AXES], length[AXES], start[AXES];
     for (int d = 0; d < AXES; ++d) {
-      packed[d] = axes[d].packed(box.count[d]);
+      lines[d] = axes[d].packed(box.count[d]);
+      length[d] = axes[d].length(box.count[d]);
       start[d] = box.begin[d] * axes[d].stride - axes[d].padding;
     }
     const Axis& last = axes[3];
-    const int64_t step = last.step();
-    // Packed positions [lower, upper) of a line lie in the image.
-    const int64_t lower = std::clamp<int64_t>((-start[3] + step - 1) / step, 0, packed[3]);
-    const int64_t upper = std::clamp<int64_t>((last.in - start[3] + step - 1) / step, lower, packed[3]);
-    for_lines(packed, [&](int64_t line, const int64_t (&at)[AXES]) {
-      C* target = panel + line * packed[3] * width;
-      const T* source = first + (start[3] + lower * step) * last.x_stride;
+    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) {
+      C* target = panel + line * lines[3] * width;
+      const T* source = first;
       bool inside = true;
       for (int d = 0; d < 3; ++d) {
-        const int64_t position = start[d] + at[d] * axes[d].step();
+        const int64_t position = start[d] + at[d] / length[d] + at[d] % length[d] * axes[d].stride;
         inside &= position >= 0 && position < axes[d].in;
         source += position * axes[d].x_stride;
       }
-      const int64_t begin = inside ? lower : packed[3], end = inside ? upper : packed[3];
-      std::fill(target, target + begin * width, C(0));
-      unlearn::pack<width>(source, step * last.x_stride, x_c, end - begin, count, 0, target + begin * width);
-      std::fill(target + end * width, target + packed[3] * width, C(0));
+      for (int64_t phase = 0; phase < last.phases(); ++phase, target += length[3] * width) {
+        const Range range = inside ? inside_image(last, start[3] + phase, length[3]) : Range{0, 0};
+        std::fill(target, target + range.begin * width, C(0));
+        unlearn::pack<width>(
+            source + (start[3] + phase + range.begin * last.stride) * last.x_stride, last.stride * last.x_stride, x_c,
+            range.end - range.begin, count, 0, target + range.begin * width);
+        std::fill(target + range.end * width, target + length[3] * width, C(0));
+      }
     });
   }
 
@@ -106,6 +107,7 @@ struct Convolution {
 struct RegionState {
   int64_t size;          // of an example's region
   int64_t stride[AXES];  // of the region's axes
+  int64_t phase[AXES];   // from one phase to the next
   int32_t rows[TILE_T];  // of each output position, at kernel offset 0
 
   UNLEARN_INLINE void set(const Axis (&axes)[AXES], const Box& box, int64_t width) {
@@ -115,17 +117,17 @@ struct RegionState {
       size *= axes[d].packed(box.count[d]);
     }
     int32_t* row = rows;
-    const int64_t jump = axes[3].packed_stride() * stride[3];
     for_lines(box.count, [&](int64_t, const int64_t (&at)[AXES]) {
-      int64_t offset = 0;
-      for (int d = 0; d < 3; ++d) offset += at[d] * axes[d].packed_stride() * stride[d];
-      for (int64_t p = 0; p < box.count[3]; ++p) *row++ = int32_t(offset + p * jump);
+      const int64_t line = at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2];
+      for (int64_t p = 0; p < box.count[3]; ++p) *row++ = int32_t(line + p * stride[3]);
     });
+    for (int d = 0; d < AXES; ++d) phase[d] = axes[d].length(box.count[d]) * stride[d];
   }
   UNLEARN_INLINE int64_t kernel_offset(const Axis (&axes)[AXES], int64_t k) const {
     int64_t offset = 0;
     for (int d = AXES - 1; d >= 0; --d) {
-      offset += k % axes[d].kernel * axes[d].dilation * stride[d];
+      const int64_t distance = k % axes[d].kernel * axes[d].dilation;
+      offset += distance % axes[d].stride * phase[d] + distance / axes[d].stride * stride[d];
       k /= axes[d].kernel;
     }
     return offset;
@@ -218,8 +220,7 @@ struct UnfoldLayer : Convolution<T> {
     const Axis& last = this->axes[3];
     const T* x = this->x + b * this->x_b + (group * this->in_channels + column / this->K) * this->x_c;
     const int64_t n = box.count[3];
-    const int64_t lower = std::clamp<int64_t>((-start[3] + last.stride - 1) / last.stride, 0, n);
-    const int64_t upper = std::clamp<int64_t>((last.in - start[3] + last.stride - 1) / last.stride, lower, n);
+    const Range range = inside_image(last, start[3], n);
     for_lines(box.count, [&](int64_t line, const int64_t (&at)[AXES]) {
       C* row = target + line * n * NR;
       const T* source = x + start[3] * last.x_stride;
@@ -229,7 +230,8 @@ struct UnfoldLayer : Convolution<T> {
         inside &= position >= 0 && position < this->axes[d].in;
         source += position * this->axes[d].x_stride;
       }
-      const int64_t begin = inside ? lower : n, end = inside ? upper : n, stride = last.stride * last.x_stride;
+      const int64_t begin = inside ? range.begin : 0, end = inside ? range.end : 0;
+      const int64_t stride = last.stride * last.x_stride;
       for (int64_t p = 0; p < begin; ++p) row[p * NR] = C(0);
       for (int64_t p = begin; p < end; ++p) row[p * NR] = load(source[p * stride]);
       for (int64_t p = end; p < n; ++p) row[p * NR] = C(0);
