@@ -9,7 +9,14 @@ from unlearn_fast.fisher import (
     output_norm_losses,
 )
 from unlearn_fast.losses import FLATLoss, flat_forget_loss, flat_loss, flat_template_loss, linear_flat_loss
-from unlearn_fast.ops import dampen_, linear_token_logprobs, sum_grad_squared_linear_, token_logprobs
+from unlearn_fast.ops import (
+    dampen_,
+    linear_token_logprobs,
+    sum_grad_squared_embedding_,
+    sum_grad_squared_linear_,
+    sum_grad_squared_scale_,
+    token_logprobs,
+)
 from unlearn_fast.ssd import ssd_
 
 __version__ = "0.1.0"
@@ -30,6 +37,8 @@ __all__ = [
     "linear_token_logprobs",
     "output_norm_losses",
     "ssd_",
+    "sum_grad_squared_embedding_",
     "sum_grad_squared_linear_",
+    "sum_grad_squared_scale_",
     "token_logprobs",
 ]

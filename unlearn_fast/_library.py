@@ -35,6 +35,14 @@ SCHEMAS = {
         " Tensor log_sum, int ignore_index, int chunk_bytes, bool[3] needs) -> (Tensor, Tensor, Tensor)"
     ),
     "sum_grad_squared_linear_": "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, float scale) -> ()",
+    "sum_grad_squared_embedding_": (
+        "(Tensor(a!) out, Tensor tokens, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"
+        " bool absolute) -> ()"
+    ),
+    "sum_grad_squared_scale_": (
+        "(Tensor(a!) out, Tensor? inputs, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"
+        " bool absolute) -> ()"
+    ),
     "dampen_": (
         "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float alpha, float lam, float exponent, float cap)"
         " -> Tensor"

@@ -43,3 +43,25 @@ def may_overlap(shape: Sequence[int], strides: Sequence[int], width: int = 1) ->
             return True
         reach += stride * (size - 1)
     return False
+
+
+def moments(out: Tensor, first: Tensor | None, weights: Tensor | None, B: int) -> None:
+    """What the sums of squared per-example gradients share: one weight an example, and where the first moment goes."""
+    if weights is not None:
+        if weights.dtype != out.dtype:
+            raise TypeError(f"weights has dtype {weights.dtype}: it must be {out.dtype}, as out is")
+        if weights.shape != (B,):
+            raise ValueError(f"weights has shape {shape(weights)}: it must be [B] = [{B}]")
+        if weights.device != out.device:
+            raise ValueError(f"weights is on {weights.device} and out on {out.device}: they must be on one device")
+    if first is not None:
+        if first.dtype != out.dtype:
+            raise TypeError(f"first has dtype {first.dtype}: it must be {out.dtype}, as out is")
+        if first.shape != out.shape:
+            raise ValueError(f"first has shape {shape(first)}: it must be that of out, {shape(out)}")
+        if first.device != out.device:
+            raise ValueError(f"first is on {first.device} and out on {out.device}: they must be on one device")
+        if first is out:
+            raise ValueError("first is out itself: give it a tensor of its own")
+        if may_overlap(first.shape, first.stride()):
+            raise ValueError("first has overlapping (expanded) memory: give it memory of its own")
