@@ -42,6 +42,18 @@ def samples() -> dict[str, list[tuple]]:
             (_floats(4, 3).T, _floats(5, 2, 4).transpose(0, 1), _floats(2, 5, 3), _floats(2), _zeros(3, 4), 1.0, True),
             (_floats(3, 4), _floats(0, 5, 4), _floats(0, 5, 3), _floats(0), None, 1.0, False),
         ],
+        "sum_grad_squared_embedding_": [
+            (_floats(5, 3), _labels(2, 4, V=5), _floats(2, 4, 3), None, None, 0.5, False),
+            (_floats(5, 3), _labels(2, 4, V=5).int(), _floats(2, 4, 3).half(), _positive(2), _floats(5, 3), 1.0, True),
+            (_floats(3, 5).T, _labels(4, 2, V=5) - 1, _floats(2, 4, 3).transpose(0, 1), None, _floats(3, 5).T, 1.0, False),
+            (_floats(5, 3), _labels(0, 4, V=5), _floats(0, 4, 3), None, _floats(5, 3), 1.0, False),
+        ],
+        "sum_grad_squared_scale_": [
+            (_floats(3), _floats(2, 5, 3), _floats(2, 5, 3), None, None, 0.5, False),
+            (_floats(3), None, _floats(2, 5, 3).bfloat16(), _positive(2), _floats(3), 1.0, True),
+            (_floats(6)[::2], _floats(2, 3, 5).transpose(1, 2), _floats(2, 5, 3), None, _floats(3), 1.0, False),
+            (_floats(3), None, _floats(2, 0, 3), None, _floats(3), 1.0, False),
+        ],
         "dampen_": [
             ([_floats(3, 4), _floats(5)], *[[_positive(3, 4), _positive(5)] for _ in range(2)], *settings),
             ([_floats(4, 3).T.half()], [_positive(3, 4)], [_positive(3, 4)], *settings),

@@ -19,6 +19,9 @@ TESTS = Path(__file__).parent
 IN_PLACE = {  # operator -> the arguments that it writes
     "token_logprobs_backward_": ["logits"],
     "sum_grad_squared_linear_": ["out", "first"],
+    "sum_grad_squared_conv_": ["out", "first"],
+    "sum_grad_squared_embedding_": ["out", "first"],
+    "sum_grad_squared_scale_": ["out", "first"],
     "dampen_": ["params"],
 }
 CPU_KERNELS = {"token_logprobs", "token_logprobs_backward", *IN_PLACE}
@@ -56,7 +59,17 @@ def test_opcheck(name):
         torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("name", ["dampen_", "linear_token_logprobs", "sum_grad_squared_linear_", "token_logprobs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dampen_",
+        "linear_token_logprobs",
+        "sum_grad_squared_embedding_",
+        "sum_grad_squared_linear_",
+        "sum_grad_squared_scale_",
+        "token_logprobs",
+    ],
+)
 def test_references_have_the_same_arguments(name):
     """Same names in the same order, and the same defaults where the reference uses the argument."""
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (unlearn_fast, reference))
@@ -141,6 +154,8 @@ with warnings.catch_warnings(record=True) as caught:
         unlearn_fast.token_logprobs(x * 1, labels, inplace_backward=True).sum().backward()
         unlearn_fast.linear_token_logprobs(x, weight, labels).sum().backward()
         unlearn_fast.sum_grad_squared_linear_(torch.zeros(5, 5), x, x)
+        unlearn_fast.sum_grad_squared_embedding_(torch.zeros(5, 5), torch.zeros(1, 3).long(), x[None])
+        unlearn_fast.sum_grad_squared_scale_(torch.zeros(5), None, x[None])
         unlearn_fast.dampen_([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], alpha=1.0)
 print(json.dumps({
     "file": unlearn_fast.__file__, "missing": _library.missing, "native": _library.native is not None,
@@ -181,7 +196,7 @@ import itertools, json, warnings
 warnings.simplefilter("ignore")
 import torch, unlearn_fast
 import test_dampen, test_dampen_align, test_inplace_backward, test_linear_token_logprobs
-import test_sum_grad_squared_linear, test_token_logprobs
+import test_sum_grad_squared_embedding, test_sum_grad_squared_linear, test_sum_grad_squared_scale, test_token_logprobs
 from accuracy import assert_accurate, assert_as_accurate
 from layouts import DTYPES, LAYOUTS, lay_out
 
@@ -221,6 +236,13 @@ for dtype in DTYPES:
 for dtype, leading in itertools.product(DTYPES, ((7,), (3, 4))):
     squares = test_sum_grad_squared_linear
     check(f"squares {dtype} {leading}", squares.assert_right, squares.make_inputs(leading, 5, 9, dtype), dtype)
+for dtype, plain in itertools.product(DTYPES, (False, True)):
+    embedding, scale = test_sum_grad_squared_embedding, test_sum_grad_squared_scale
+    check(f"embedding {dtype}", embedding.assert_right, embedding.make_inputs(2, 7, 5, 4, dtype), dtype, plain=plain)
+    check(f"scale {dtype}", scale.assert_right, scale.make_inputs(2, 7, 5, dtype), dtype, plain=plain)
+    check(f"bias {dtype}", scale.assert_right, scale.make_inputs(2, 7, 5, dtype), dtype, plain=plain, bias=True)
+check("rows", embedding.test_rows_that_do_not_occur_keep_their_bits, torch.int32)
+check("too large a token", embedding.test_an_empty_table)
 for settings in test_dampen.SETTINGS:
     if settings.get("exponent") != 0.5:
         check(f"dampen {settings}", test_dampen.test_released_formula_bit_for_bit, 1023, settings)

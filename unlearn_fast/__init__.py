@@ -13,7 +13,9 @@ from unlearn_fast.ops import (
     dampen_,
     linear_token_logprobs,
     sum_grad_squared_conv_,
+    sum_grad_squared_embedding_,
     sum_grad_squared_linear_,
+    sum_grad_squared_scale_,
     token_logprobs,
 )
 from unlearn_fast.ssd import ssd_
@@ -37,6 +39,8 @@ __all__ = [
     "output_norm_losses",
     "ssd_",
     "sum_grad_squared_conv_",
+    "sum_grad_squared_embedding_",
     "sum_grad_squared_linear_",
+    "sum_grad_squared_scale_",
     "token_logprobs",
 ]

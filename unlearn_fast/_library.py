@@ -42,6 +42,14 @@ SCHEMAS = {
         "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, int[] stride, int[] padding, int[] dilation, int groups,"
         " Tensor? weights, Tensor(b!)? first, float scale, bool absolute) -> ()"
     ),
+    "sum_grad_squared_embedding_": (
+        "(Tensor(a!) out, Tensor tokens, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"
+        " bool absolute) -> ()"
+    ),
+    "sum_grad_squared_scale_": (
+        "(Tensor(a!) out, Tensor? inputs, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"
+        " bool absolute) -> ()"
+    ),
     "dampen_": (
         "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float alpha, float lam, float exponent, float cap)"
         " -> Tensor"

@@ -40,6 +40,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _token_scenarios()
     yield from _linear_scenarios()
     yield from _squares_scenarios()
+    yield from _moments_scenarios()
     yield from _dampen_scenarios()
     yield from _flat_scenarios()
 
@@ -128,6 +129,67 @@ def _squares_scenarios() -> Iterator[Scenario]:
     yield Scenario(name, "B 9, O 17, I 31, no T", _products((9,), 17, 31), _add_squares())
     swapped = _add_squares(swap=True)
     yield Scenario(name, "B 6, T 5, O 12, I 40, B and T swapped in memory", _products((5, 6), 12, 40), swapped)
+
+
+def _moments_scenarios() -> Iterator[Scenario]:
+    name = "sum_grad_squared_embedding_"
+    for B, T, H, V in ((1, 1, 1, 1), (3, 9, 5, 4), (2, 300, 70, 9), (2, 5, 4100, 3), (2, 0, 3, 2)):
+        yield Scenario(name, f"B {B}, T {T}, H {H}, V {V}", _embedded(B, T, H, V), _add_embedding(), cancels=True)
+    name = "sum_grad_squared_scale_"
+    for B, T, C in ((1, 1, 1), (3, 7, 5), (40, 1, 65), (2, 1000, 33), (2, 3, 4100), (5, 0, 3)):
+        for first in (False, True):
+            title, scaled = f"B {B}, T {T}, C {C}{', channels first' if first else ''}", _scaled(B, T, C)
+            yield Scenario(name, title, scaled, _add_scale(first), cancels=True)
+            yield Scenario(name, f"{title}, bias", scaled, _add_scale(first, bias=True), cancels=True)
+
+
+def _embedded(B: int, T: int, H: int, V: int) -> Callable[[torch.Generator], Tensors]:
+    def inputs(generator: torch.Generator) -> Tensors:
+        shapes = {"out": (V, H), "first": (V, H), "grad_outputs": (B, T, H), "weights": (B,)}
+        tensors = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        return {**tensors, "tokens": torch.randint(-1, V, (B, T), generator=generator)}
+
+    return inputs
+
+
+def _scaled(B: int, T: int, C: int) -> Callable[[torch.Generator], Tensors]:
+    def inputs(generator: torch.Generator) -> Tensors:
+        shapes = {"out": (C,), "first": (C,), "inputs": (B, T, C), "grad_outputs": (B, T, C), "weights": (B,)}
+        return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+    return inputs
+
+
+def _add_embedding() -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        targets, options = _targets(x)
+        library.sum_grad_squared_embedding_(targets["out"], x["tokens"], x["grad_outputs"], **options)
+        library.sum_grad_squared_embedding_(targets["absolute"], x["tokens"], x["grad_outputs"], absolute=True)
+        return targets
+
+    return run
+
+
+def _add_scale(channels_first: bool, bias: bool = False) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        a, g = x["inputs"], x["grad_outputs"]
+        if channels_first:
+            a, g = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (a, g))
+        targets, options = _targets(x)
+        library.sum_grad_squared_scale_(targets["out"], None if bias else a, g, **options)
+        library.sum_grad_squared_scale_(targets["absolute"], None if bias else a, g, absolute=True)
+        return targets
+
+    return run
+
+
+def _targets(x: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """What the sums are added to, and the options of a call with weights and first moment."""
+    out, first, weights = (
+        x[n].to(torch.promote_types(x[n].dtype, torch.float32)) for n in ("out", "first", "weights")
+    )
+    targets = {"out": out.abs(), "absolute": out.abs(), "first": first}
+    return targets, {"scale": 0.3, "weights": weights.abs(), "first": first}
 
 
 def _products(leading: tuple[int, ...], O: int, I: int) -> Callable[[torch.Generator], Tensors]:  # noqa: E741

@@ -6,7 +6,12 @@ Slow, differentiable, any device, any floating dtype. The kernels are tested aga
 from unlearn_fast.reference.dampen import dampen_
 from unlearn_fast.reference.flat import flat_forget_loss, flat_loss, flat_template_loss, linear_flat_loss
 from unlearn_fast.reference.logprobs import linear_token_logprobs, token_logprobs
-from unlearn_fast.reference.squares import sum_grad_squared_conv_, sum_grad_squared_linear_
+from unlearn_fast.reference.squares import (
+    sum_grad_squared_conv_,
+    sum_grad_squared_embedding_,
+    sum_grad_squared_linear_,
+    sum_grad_squared_scale_,
+)
 
 __all__ = [
     "dampen_",
@@ -16,6 +21,8 @@ __all__ = [
     "linear_flat_loss",
     "linear_token_logprobs",
     "sum_grad_squared_conv_",
+    "sum_grad_squared_embedding_",
     "sum_grad_squared_linear_",
+    "sum_grad_squared_scale_",
     "token_logprobs",
 ]
