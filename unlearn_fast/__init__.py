@@ -3,8 +3,10 @@
 from unlearn_fast._report import DampenCounts, DampenReport
 from unlearn_fast.fisher import (
     Importance,
+    WeightedLosses,
     causal_lm_losses,
     classification_losses,
+    coverage,
     diagonal_fisher,
     output_norm_losses,
 )
@@ -27,8 +29,10 @@ __all__ = [
     "DampenReport",
     "FLATLoss",
     "Importance",
+    "WeightedLosses",
     "causal_lm_losses",
     "classification_losses",
+    "coverage",
     "dampen_",
     "diagonal_fisher",
     "flat_forget_loss",

@@ -1,126 +1,266 @@
-"""The forms that per-example gradients of a parameter take, and how each adds its squares without becoming [B, P].
+"""The forms that the per-example gradients of a tensor take, and how each adds its moments without becoming [B, P].
 
-A gradient here stands for G_b, b = 0..B-1. `add_squares_(out)` does `out += sum_b G_b^2`; `example(b)` is one G_b, for
-the combinations of uses that have no form of their own.
+A gradient here stands for G_b, b = 0 .. n - 1, all of one shape. `add_to(moments)` adds `sum_b w_b G_b^2` (and what else
+is asked for), `weighted_sum(w)` is `sum_b w_b G_b`, and `dense(start, stop)` is some of the G_b themselves.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unlearn_fast.ops.sum_grad_squared_conv import sum_grad_squared_conv_
+from unlearn_fast.ops.sum_grad_squared_embedding import sum_grad_squared_embedding_
 from unlearn_fast.ops.sum_grad_squared_linear import sum_grad_squared_linear_
+from unlearn_fast.ops.sum_grad_squared_scale import sum_grad_squared_scale_
 
 WORKSPACE_BYTES = 32 << 20
 
 
 def wide(t: Tensor) -> torch.dtype:
-    """What squares of the tensor are summed in."""
+    """What moments of the tensor are summed in."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-class PerExampleGradient(Protocol):
-    def add_squares_(self, out: Tensor) -> None: ...
-    def example(self, b: int) -> Tensor: ...
-    def examples(self) -> int: ...
+def dense(gradient: Tensor) -> Tensor:
+    """As autograd gives it, which is sparse for some embeddings."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 @dataclass
-class Outer:
+class Moments:
+    """Running sums over examples, each shaped like the parameter."""
+
+    second: Tensor  # sum w_b G_b^2, or sum w_b |G_b|
+    first: Tensor | None = None  # sum w_b G_b
+    absolute: bool = False
+    weights: Tensor | None = None  # [B]; None: ones
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of the operators that say what to add."""
+        return {"first": self.first, "absolute": self.absolute, "weights": self.weights}
+
+    def map(self, view: Any) -> "Moments":
+        return replace(self, second=view(self.second), first=None if self.first is None else view(self.first))
+
+    def of_examples(self, start: int, stop: int) -> "Moments":
+        return self if self.weights is None else replace(self, weights=self.weights[start:stop])
+
+    def add(self, gradients: Tensor, rows: Tensor | None = None) -> None:
+        """Adds the moments of dense gradients [m, *shape], m examples; with `rows`, G_b is one of these rows."""
+        powers = gradients.abs() if self.absolute else gradients.square()
+        for total, values in ((self.second, powers), (self.first, gradients)):
+            if total is None:
+                continue
+            values = values.to(total.dtype)
+            if self.weights is not None:
+                values = values * self.weights.view(-1, *[1] * (values.dim() - 1))
+            if rows is None:
+                total.add_(values.sum(0))
+            else:
+                total.index_add_(0, rows, values.flatten(0, 1))
+
+
+class PerExampleGradient:
+    """By default everything is done some examples at a time, in a bounded workspace."""
+
+    n: int
+    shape: tuple[int, ...]
+
+    def dense(self, start: int, stop: int) -> Tensor:  # [stop - start, *shape]
+        raise NotImplementedError
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # [n] -> shape
+        return sum(
+            torch.einsum("b,b...->...", weights[i:j], self.dense(i, j).to(weights.dtype)) for i, j in self._steps()
+        )  # type: ignore[return-value]
+
+    def add_to(self, moments: Moments) -> None:
+        for start, stop in self._steps():
+            moments.of_examples(start, stop).add(self.dense(start, stop))
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        step = max(1, WORKSPACE_BYTES // (8 * max(1, math.prod(self.shape))))
+        for start in range(0, self.n, step):
+            yield start, min(self.n, start + step)
+
+
+class Dense(PerExampleGradient):
+    """G_b = values[b]: small parameters, whose uses were expanded over the examples."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.n, self.shape = values, len(values), tuple(values.shape[1:])
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop]
+
+
+class Scaled(PerExampleGradient):
+    """G_b[c] = sum_t grads[b, t, c] * inputs[b, t, c]: weights of norms, and with no inputs biases."""
+
+    def __init__(self, inputs: Tensor | None, grads: Tensor, shape: Sequence[int]) -> None:  # [n, T, C]
+        self.inputs, self.grads = inputs, grads
+        self.n, self.shape = len(grads), tuple(shape)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        grads = self.grads[start:stop]
+        products = grads if self.inputs is None else grads.to(wide(grads)) * self.inputs[start:stop]
+        return products.sum(1, dtype=wide(grads)).reshape(-1, *self.shape)
+
+    def add_to(self, moments: Moments) -> None:
+        inputs, grads = _same_dtype(self.inputs, self.grads)
+        flat = moments.map(lambda t: t.view(-1))
+        sum_grad_squared_scale_(flat.second, inputs, grads, **flat.options)
+
+
+class Outer(PerExampleGradient):
     """G_b = sum_t grads[b, t]^T inputs[b, t], of shape [O, I]: the weight of a linear layer."""
 
-    inputs: Tensor  # [B, T, I]
-    grads: Tensor  # [B, T, O]
+    def __init__(self, inputs: Tensor, grads: Tensor) -> None:  # [n, T, I], [n, T, O]
+        self.inputs, self.grads = _same_dtype(inputs, grads)
+        self.n, self.shape = len(grads), (grads.shape[-1], inputs.shape[-1])
 
-    def add_squares_(self, out: Tensor) -> None:
-        dtype = torch.promote_types(self.inputs.dtype, self.grads.dtype)  # they differ under autocast
-        matrix = out.view(self.grads.shape[-1], -1)
-        sum_grad_squared_linear_(matrix, self.inputs.to(dtype), self.grads.to(dtype))
+    def dense(self, start: int, stop: int) -> Tensor:
+        dtype = wide(self.grads)
+        return self.grads[start:stop].to(dtype).transpose(1, 2) @ self.inputs[start:stop].to(dtype)
 
-    def example(self, b: int) -> Tensor:
-        dtype = torch.promote_types(self.inputs.dtype, self.grads.dtype)
-        return self.grads[b].to(dtype).T @ self.inputs[b].to(dtype)
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        weighted = self.grads.to(weights.dtype) * weights.view(-1, 1, 1)
+        return weighted.flatten(0, 1).T @ self.inputs.flatten(0, 1).to(weights.dtype)
 
-    def examples(self) -> int:
-        return self.inputs.shape[0]
+    def add_to(self, moments: Moments) -> None:
+        matrix, inputs, grads = moments.map(lambda t: t.view(self.shape)), self.inputs, self.grads
+        if matrix.second.stride(0) == 1 < matrix.second.stride(1):  # a transposed weight: its rows lie in memory
+            matrix, inputs, grads = matrix.map(Tensor.t), grads, inputs
+        sum_grad_squared_linear_(matrix.second, inputs, grads, **matrix.options)
 
 
-@dataclass
-class Rows:
+class Rows(PerExampleGradient):
     """G_b[v] = sum of grads[b, t] over the positions t where tokens[b, t] = v: the weight of an embedding."""
 
-    tokens: Tensor  # [B, T]
-    grads: Tensor  # [B, T, H]
-    rows: int  # V
+    def __init__(self, tokens: Tensor, grads: Tensor, rows: int) -> None:  # [n, T], negative: none; [n, T, H]
+        self.tokens, self.grads, self.rows = tokens, grads, rows
+        self.n, self.shape = len(grads), (rows, grads.shape[-1])
 
-    def add_squares_(self, out: Tensor) -> None:
-        B, T = self.tokens.shape
-        example = torch.arange(B, device=self.tokens.device).repeat_interleave(T)
-        key, place = torch.unique(example * self.rows + self.tokens.reshape(-1), return_inverse=True)
-        sums = out.new_zeros(len(key), out.shape[-1])
-        sums.index_add_(0, place, self.grads.reshape(B * T, -1).to(out.dtype))
-        out.index_add_(0, key % self.rows, sums.square_())
+    def dense(self, start: int, stop: int) -> Tensor:
+        grads = self.grads[start:stop].to(wide(self.grads))
+        out = grads.new_zeros(len(grads) * (self.rows + 1), grads.shape[-1])
+        tokens = self.tokens[start:stop].long()
+        place = torch.where(tokens < 0, self.rows, tokens)  # a row for what is ignored
+        place = place + (self.rows + 1) * torch.arange(len(grads), device=grads.device).unsqueeze(1)
+        out.index_add_(0, place.flatten(), grads.flatten(0, 1))
+        return out.view(len(grads), self.rows + 1, -1)[:, : self.rows]
 
-    def example(self, b: int) -> Tensor:
-        out = self.grads.new_zeros(self.rows, self.grads.shape[-1])
-        return out.index_add_(0, self.tokens[b], self.grads[b])
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        weighted = self.grads.to(weights.dtype) * weights.view(-1, 1, 1)
+        return Rows(self.tokens.reshape(1, -1), weighted.flatten(0, 1)[None], self.rows).dense(0, 1)[0]
 
-    def examples(self) -> int:
-        return self.tokens.shape[0]
-
-
-@dataclass
-class Dense:
-    """G_b itself, [B, ...]: parameters so small that it costs nothing (norms, biases)."""
-
-    values: Tensor
-
-    def add_squares_(self, out: Tensor) -> None:
-        out.add_(self.values.square().sum(0).view_as(out))
-
-    def example(self, b: int) -> Tensor:
-        return self.values[b]
-
-    def examples(self) -> int:
-        return self.values.shape[0]
+    def add_to(self, moments: Moments) -> None:
+        sum_grad_squared_embedding_(moments.second, self.tokens, self.grads, **moments.options)
 
 
-def add_squares_of_sum_(out: Tensor, uses: Sequence[PerExampleGradient]) -> None:
-    """out += sum_b (sum of the uses' G_b)^2: a parameter that is used several times has ONE gradient an example."""
-    first, *others = uses
-    if not others:
-        first.add_squares_(out)
-    elif all(isinstance(use, Outer) for use in uses):
-        outers = [use for use in uses if isinstance(use, Outer)]
-        Outer(torch.cat([u.inputs for u in outers], 1), torch.cat([u.grads for u in outers], 1)).add_squares_(out)
-    elif all(isinstance(use, Rows) for use in uses):
-        rows = [use for use in uses if isinstance(use, Rows)]
-        tokens, grads = torch.cat([u.tokens for u in rows], 1), torch.cat([u.grads for u in rows], 1)
-        Rows(tokens, grads, rows[0].rows).add_squares_(out)
-    elif len(uses) == 2 and {type(use) for use in uses} == {Outer, Rows}:
-        outer, embedding = (first, others[0]) if isinstance(first, Outer) else (others[0], first)
-        _add_tied_(out, outer, embedding)  # type: ignore[arg-type]
-    else:
-        for b in range(first.examples()):
-            total = torch.zeros_like(out)
-            for use in uses:
-                total += use.example(b).view_as(out)
-            out.add_(total.square_())
+class Convolution(PerExampleGradient):
+    """The weight of a convolution; with several images an example, their gradients are added."""
+
+    def __init__(self, inputs: Tensor, grads: Tensor, shape: Sequence[int], **geometry: Any) -> None:
+        self.inputs, self.grads = _same_dtype(inputs, grads)  # [n, C, *in], [n, O, *positions], or [n, W, ...] both
+        self.geometry, self.n, self.shape = geometry, len(grads), tuple(shape)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        return torch.stack([self._gradient(self.inputs[b], self.grads[b]) for b in range(start, stop)])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        grads = self.grads.to(weights.dtype) * weights.view(-1, *[1] * (self.grads.dim() - 1))
+        images = self.grads.dim() - len(self.shape)  # axes in front of the channels
+        return self._gradient(self.inputs.to(weights.dtype).flatten(0, images), grads.flatten(0, images))
+
+    def add_to(self, moments: Moments) -> None:
+        sum_grad_squared_conv_(moments.second, self.inputs, self.grads, **self.geometry, **moments.options)
+
+    def _gradient(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Of all images together, as in an ordinary backward."""
+        spatial = len(self.shape) - 2
+        inputs, grads = (t.reshape(-1, *t.shape[-spatial - 1 :]).to(wide(t)) for t in (inputs, grads))
+        weight = inputs.new_empty(self.shape)
+        geometry = [self.geometry[name] for name in ("stride", "padding", "dilation")]
+        groups = self.geometry["groups"]
+        needs = [False, True, False]
+        args = (grads, inputs, weight, None, *geometry, False, [0] * spatial, groups, needs)
+        return torch.ops.aten.convolution_backward(*args)[1]
 
 
-def _add_tied_(out: Tensor, head: Outer, embedding: Rows) -> None:
+class Total(PerExampleGradient):
+    """The sum of several uses: a parameter has ONE gradient an example, summed before it is squared."""
+
+    def __init__(self, uses: Sequence[PerExampleGradient]) -> None:
+        self.uses, self.n, self.shape = uses, uses[0].n, uses[0].shape
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        first, *others = (use.dense(start, stop) for use in self.uses)
+        return sum(others, first)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        first, *others = (use.weighted_sum(weights) for use in self.uses)
+        return sum(others, first)
+
+
+def total(uses: Sequence[PerExampleGradient]) -> PerExampleGradient:
+    """The sum of the uses, in a cheaper form than `Total` where there is one."""
+    if len(uses) == 1:
+        return uses[0]
+    if all(isinstance(use, Outer) for use in uses):
+        return Outer(_joined([use.inputs for use in uses]), _joined([use.grads for use in uses]))  # type: ignore
+    if all(isinstance(use, Rows) for use in uses):
+        return Rows(_joined([u.tokens for u in uses]), _joined([u.grads for u in uses]), uses[0].rows)  # type: ignore
+    heads, embeddings = ([use for use in uses if isinstance(use, kind)] for kind in (Outer, Rows))
+    if heads and embeddings and len(heads) + len(embeddings) == len(uses):
+        return Tied(total(heads), total(embeddings))  # type: ignore[arg-type]
+    return Total(uses)
+
+
+class Tied(Total):
     """Embedding and lm_head with one weight. The two meet only in the rows of tokens that occur in the example: these
     rows are taken out of the head's product and added with the embedding's part inside the square."""
-    B, T, V = head.grads.shape
-    step = max(1, WORKSPACE_BYTES // max(1, T * V * head.grads.element_size()))
-    for start in range(0, B, step):
-        grads = head.grads[start : start + step].clone()
-        for b, example_grads in enumerate(grads, start):
-            tokens, place = embedding.tokens[b].unique(return_inverse=True)
-            total = example_grads[:, tokens].to(out.dtype).T @ head.inputs[b].to(out.dtype)
-            total.index_add_(0, place, embedding.grads[b].to(out.dtype))
-            out.index_add_(0, tokens, total.square_())
-            example_grads[:, tokens] = 0
-        Outer(head.inputs[start : start + step], grads).add_squares_(out)
+
+    def __init__(self, head: Outer, embedding: Rows) -> None:
+        super().__init__([head, embedding])
+        self.head, self.embedding = head, embedding
+
+    def add_to(self, moments: Moments) -> None:
+        n, T, V = self.head.grads.shape
+        step = max(1, WORKSPACE_BYTES // max(1, T * V * self.head.grads.element_size()))
+        for start in range(0, n, step):
+            grads = self.head.grads[start : start + step].clone()
+            for b, example_grads in enumerate(grads, start):
+                self._add_shared_rows(b, example_grads, moments.of_examples(b, b + 1))
+            stop = start + len(grads)
+            Outer(self.head.inputs[start:stop], grads).add_to(moments.of_examples(start, stop))
+
+    def _add_shared_rows(self, b: int, grads: Tensor, moments: Moments) -> None:
+        """Adds the rows of the tokens in example b, and zeroes these in the head's gradients [T, V]."""
+        dtype = moments.second.dtype
+        held = self.embedding.tokens[b] >= 0
+        tokens, place = self.embedding.tokens[b][held].unique(return_inverse=True)
+        shared = grads[:, tokens].to(dtype).T @ self.head.inputs[b].to(dtype)
+        shared.index_add_(0, place, self.embedding.grads[b][held].to(dtype))
+        moments.add(shared[None], rows=tokens)
+        grads[:, tokens] = 0
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.cat([part.to(dtype) for part in parts], 1)
+
+
+def _same_dtype(inputs: Any, grads: Tensor) -> tuple[Any, Tensor]:
+    """They differ under autocast."""
+    if inputs is None or inputs.dtype == grads.dtype:
+        return inputs, grads
+    dtype = torch.promote_types(inputs.dtype, grads.dtype)
+    return inputs.to(dtype), grads.to(dtype)

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from unlearn_fast.fisher.files import write_safetensors
+
+FIRST = "first_moment/"  # in front of names in a file
+
 
 class Importance(Mapping[str, Tensor]):
     """Name -> float32 importance, shaped like the parameter, with its metadata.
@@ -20,16 +24,41 @@ class Importance(Mapping[str, Tensor]):
         batches: in how many batches they came.
         mode: "per_example" or "batch".
         fingerprint: of the model that was measured, see `model_fingerprint`.
+        relative_error: estimated standard error relative to the importances, as norms; None where it was not estimated.
+        first_moment: name -> mean gradient, where it was asked for; None otherwise.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], *, examples: int, batches: int, mode: str, fingerprint: str
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        examples: int,
+        batches: int,
+        mode: str,
+        fingerprint: str,
+        relative_error: float | None = None,
+        first_moment: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._tensors = dict(tensors)
         self.examples = examples
         self.batches = batches
         self.mode = mode
         self.fingerprint = fingerprint
+        self.relative_error = relative_error
+        self.first_moment = None if first_moment is None else dict(first_moment)
+
+    def variance(self) -> dict[str, Tensor]:
+        """Name -> `max(E[g^2] - E[g]^2, 0)`, the variance of each gradient over the examples.
+
+        Raises:
+            ValueError: the importances are not squares, or have no first moment (`first_moment=True` measures it).
+        """
+        if self.mode != "per_example" or self.first_moment is None:
+            raise ValueError(
+                f"these importances have mode {self.mode!r} and {'no' if self.first_moment is None else 'a'} first"
+                " moment: the variance needs diagonal_fisher(..., first_moment=True) in mode 'per_example'"
+            )
+        return {name: (t - self.first_moment[name].square()).clamp_(min=0) for name, t in self.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -45,21 +74,13 @@ class Importance(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file. It appears under its name only when it is complete."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
         frozen = {name: list(t.shape) for name, t in self.items() if _is_expanded_zero(t)}
-        held = {name: t.detach().contiguous() for name, t in self.items() if name not in frozen}
-        facts = {name: getattr(self, name) for name in ("examples", "batches", "mode", "fingerprint")}
-        metadata = {"unlearn_fast.importance": json.dumps({**facts, "names": list(self), "frozen": frozen})}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(held, temporary, metadata)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        held = {name: t for name, t in self.items() if name not in frozen}
+        if self.first_moment is not None:
+            held |= {FIRST + name: t for name, t in self.first_moment.items() if name not in frozen}
+        facts = {name: getattr(self, name) for name in ("examples", "batches", "mode", "fingerprint", "relative_error")}
+        facts |= {"names": list(self), "frozen": frozen, "has_first_moment": self.first_moment is not None}
+        write_safetensors(Path(path), held, {"unlearn_fast.importance": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Importance":
@@ -74,11 +95,15 @@ class Importance(Mapping[str, Tensor]):
                 )
             facts = json.loads(record)
             names, frozen = facts.pop("names"), facts.pop("frozen")
-            tensors = {
-                name: torch.zeros(()).expand(frozen[name]) if name in frozen else file.get_tensor(name)
-                for name in names
-            }
-        return cls(tensors, **facts)
+
+            def tensors(prefix: str = "") -> dict[str, Tensor]:
+                return {
+                    name: torch.zeros(()).expand(frozen[name]) if name in frozen else file.get_tensor(prefix + name)
+                    for name in names
+                }
+
+            first = tensors(FIRST) if facts.pop("has_first_moment", False) else None
+            return cls(tensors(), first_moment=first, **facts)
 
 
 def _is_expanded_zero(tensor: Tensor) -> bool:

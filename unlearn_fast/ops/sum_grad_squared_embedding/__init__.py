@@ -67,7 +67,9 @@ def _check(out: Tensor, tokens: Tensor, grad_outputs: Tensor) -> None:
     if out.dim() != 2 or out.shape[1] != grad_outputs.shape[-1]:
         raise ValueError(f"out has shape {_checks.shape(out)}: it must be [V, H] with H = {grad_outputs.shape[-1]}")
     if grad_outputs.device != out.device:
-        raise ValueError(f"out is on {out.device} and grad_outputs on {grad_outputs.device}: they must be on one device")
+        raise ValueError(
+            f"out is on {out.device} and grad_outputs on {grad_outputs.device}: they must be on one device"
+        )
     if _checks.may_overlap(out.shape, out.stride()):
         raise ValueError("out has overlapping (expanded) memory: give it memory of its own")
 

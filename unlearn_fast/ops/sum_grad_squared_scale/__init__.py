@@ -76,7 +76,9 @@ def _check(out: Tensor, inputs: Tensor | None, grad_outputs: Tensor) -> None:
     if out.shape != grad_outputs.shape[-1:]:
         raise ValueError(f"out has shape {_checks.shape(out)}: it must be [C] = [{grad_outputs.shape[-1]}]")
     if grad_outputs.device != out.device:
-        raise ValueError(f"out is on {out.device} and grad_outputs on {grad_outputs.device}: they must be on one device")
+        raise ValueError(
+            f"out is on {out.device} and grad_outputs on {grad_outputs.device}: they must be on one device"
+        )
     if _checks.may_overlap(out.shape, out.stride()):
         raise ValueError("out has overlapping (expanded) memory: give it memory of its own")
 

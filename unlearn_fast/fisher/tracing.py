@@ -1,0 +1,273 @@
+"""Taps the functions in which parameters meet the data, in one forward and backward.
+
+No parameter requires grad. Where a parameter, or an expression of parameters, enters a function whose result grows with
+the batch, the result (or the parameter, expanded over the examples) passes through an autograd function that also takes
+a trigger which requires grad. The loss gradient there thereby arrives example by example, and the ordinary weight
+gradients, a third of a backward, are never computed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unlearn_fast.fisher.calls import Watch, all_tensors, replaced, unwatched
+from unlearn_fast.fisher.expressions import Expression, region_of_view
+from unlearn_fast.fisher.gradients import Dense, PerExampleGradient
+from unlearn_fast.fisher.planning import CASTING, Decision, Kind, Places, Plan, Planner, expandable, rule_uses
+from unlearn_fast.fisher.rules import RULES, Use, embedding_rows, module_rule
+
+Deliver = Callable[[Sequence[Expression]], None]
+
+
+class Trace(Watch):
+    """One forward and its backwards over n examples, by a plan or together with the planner that makes one."""
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], n: int, plan: Plan, planner: Planner | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.n, self.plan, self.planner = model, n, plan, planner
+        self.trigger = torch.zeros((), requires_grad=True)
+        self.expressions = [Expression.of_parameter(name, p) for name, p in parameters.items()]  # parents first
+        self.known = {id(e.tensor): e for e in self.expressions}
+        self.module_names = {module: name for name, module in model.named_modules()}
+        self.order: Counter[Hashable] = Counter()  # how often each key occurred
+        self.uses: Counter[str] = Counter()  # of each parameter
+        self.unplanned = False  # the model did what the plan does not hold: nothing of this forward may be used
+        self.in_backward = False  # where functions run only because a checkpointed part is computed again
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        places = self._places(args, kwargs)
+        if places and torch.is_grad_enabled():
+            result = self._use(func, args, kwargs, places)
+        else:
+            result = func(*args, **kwargs)
+        if self.planner is not None and not self.in_backward:
+            self.planner.step(func, args, kwargs, result, places)
+        return result
+
+    def _places(self, args: Any, kwargs: Any) -> Places:
+        """Where expressions are among the arguments."""
+        known, places = self.known, {}
+        for i, value in enumerate(args):
+            if id(value) in known:
+                places[i] = known[id(value)]
+            elif type(value) in (list, tuple):
+                places |= {(i, j): known[id(v)] for j, v in enumerate(value) if id(v) in known}
+        for name, value in kwargs.items():
+            if id(value) in known:
+                places[name] = known[id(value)]
+        return places
+
+    def _use(self, func: Any, args: Any, kwargs: Any, places: Places) -> Any:
+        key = (func, *((place, e.key) for place, e in places.items()))
+        order, decision = self._decision(key, lambda planner: planner.decide(key, func, args, kwargs, places))
+        match decision.kind:
+            case Kind.RULE:
+                with unwatched():
+                    uses = rule_uses(RULES[func], args, kwargs, places)
+                return self._tap_result(func(*args, **kwargs), decision, uses)
+            case Kind.BROADCAST:
+                return self._tap_arguments(func, args, kwargs, decision.axis, places)
+            case Kind.EXPAND:
+                (expression,) = places.values()
+                return self._tap_expanded(func(*args, **kwargs), decision.axis, expression)
+            case Kind.DERIVE:
+                return self._derive((key, order), func, args, kwargs, places)
+        return func(*args, **kwargs)
+
+    def _decision(self, key: Hashable, decide: Callable[[Planner], Decision]) -> tuple[int, Decision]:
+        if self.in_backward:  # which call it repeats is not known, but all calls alike are
+            order, found = 0, self.plan.find(key, len(self.plan.decisions.get(key, ())))
+        else:
+            order = self.order[key]
+            self.order[key] += 1
+            found = decide(self.planner) if self.planner is not None else self.plan.find(key, order)
+        self.unplanned |= found is None
+        return order, found or Decision(Kind.PASS)
+
+    def module_call(self, module: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        tapped = self._use_module(module, args, kwargs, result)
+        if self.planner is not None and not self.in_backward:
+            self.planner.position += 1
+        return tapped
+
+    def _use_module(self, module: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        own = {name: self.known[id(p)] for name, p in module.named_parameters() if id(p) in self.known}
+        first = next(iter(all_tensors(result)), None)
+        if not own or first is None or not torch.is_grad_enabled():
+            return None
+        key = self.module_names[module]
+        _, decision = self._decision(key, lambda planner: planner.decide_module(key, module, result, own))
+        if decision.kind is not Kind.RULE:
+            return None
+        uses = module_rule(module)(module, *args, **kwargs) or {}  # type: ignore[misc]
+        tapped = self._tap_result(first, decision, {e: uses[name] for name, e in own.items() if name in uses})
+        return tapped if isinstance(result, Tensor) else type(result)([tapped, *result[1:]])
+
+    # -- taps ------------------------------------------------------------------------------------------------------
+
+    def _tap_result(self, result: Tensor, decision: Decision, uses: Mapping[Expression, Use] | None) -> Tensor:
+        front = decision.axis + result.dim()  # what is kept has its examples on the same axis, counted from the front
+        kept = [t for use in (uses or {}).values() for t in use.keep]
+        if uses is None or not all(self._fits(t, front) for t in (result, *kept)):
+            self.unplanned = True
+            return result
+
+        def receive(gradient: Tensor, *kept: Tensor) -> None:
+            gradient, *parts = (self._split(t, front, decision.inner) for t in (gradient, *kept))
+            for expression, use in uses.items():
+                own, parts = parts[: len(use.keep)], parts[len(use.keep) :]
+                self._arrived(expression, use.form(gradient, *own))
+
+        return self._tap(result, receive, uses, kept)
+
+    def _tap_expanded(self, result: Tensor, axis: int, expression: Expression) -> Tensor:
+        front = axis + result.dim()
+        if not self._fits(result, front):
+            self.unplanned = True
+            return result
+        shape = expression.tensor.shape
+        padded = [1] * (result.dim() - len(shape)) + list(shape)
+
+        def receive(gradient: Tensor) -> None:
+            gradient = self._split(gradient, front)
+            if gradient.dim() == result.dim():  # one entry an example
+                gradient = gradient.unsqueeze(front + 1)
+            gradient = gradient.sum_to_size(self.n, *padded)
+            self._arrived(expression, Dense(gradient.reshape(self.n, *shape)))
+
+        return self._tap(result, receive, [expression])
+
+    def _tap_arguments(self, func: Any, args: Any, kwargs: Any, axis: int, places: Places) -> Any:
+        data = [t for t in all_tensors((args, tuple(kwargs.values()))) if id(t) not in self.known and t.dim() >= -axis]
+        size = max((t.shape[axis] for t in data), default=0)
+        if size == 0 or not all(expandable(e, axis) for e in places.values()):
+            self.unplanned = True
+            return func(*args, **kwargs)
+        expanded: dict[Any, Tensor] = {}
+        for place, e in places.items():
+            shape = [1] * (-axis - e.tensor.dim()) + list(e.tensor.shape)
+            shape[axis] = size
+            expanded[place] = self._tap_expanded(e.tensor.expand(shape), axis, e)
+        args, kwargs = replaced(args, kwargs, expanded)
+        return func(*args, **kwargs)
+
+    def _tap(
+        self,
+        value: Tensor,
+        receive: Callable[..., None],
+        expressions: Iterable[Expression],
+        kept: Sequence[Tensor] = (),
+    ) -> Tensor:
+        def receive_unwatched(*tensors: Tensor) -> None:
+            with unwatched():
+                receive(*tensors)
+
+        if not self.in_backward:
+            for e in expressions:
+                self.uses.update(e.roots)
+        return _Tap.apply(self.trigger, value, receive_unwatched, *kept)
+
+    def _fits(self, t: Tensor, axis: int) -> bool:
+        return 0 <= axis < t.dim() and t.shape[axis] % self.n == 0
+
+    def _split(self, t: Tensor, axis: int, inner: bool = False) -> Tensor:
+        """The examples in front: an axis of n moves there; of one of n * k (`inner`: k * n), the k stay where they were."""
+        if t.shape[axis] == self.n:
+            return t.movedim(axis, 0)
+        return t.unflatten(axis, (-1, self.n) if inner else (self.n, -1)).movedim(axis + inner, 0)
+
+    # -- expressions -----------------------------------------------------------------------------------------------
+
+    def _derive(self, key: Hashable, func: Any, args: Any, kwargs: Any, places: Places) -> Any:
+        leaves = {place: e.tensor.detach().requires_grad_() for place, e in places.items()}
+        leaf_args, leaf_kwargs = replaced(args, kwargs, leaves)
+        value = func(*leaf_args, **leaf_kwargs)
+        parents = [(e, leaves[place]) for place, e in places.items()]
+        push = self._push_rows(parents[0][0], *args, **kwargs) if func is F.embedding else None
+
+        def expression(index: int, part: Any) -> Any:
+            if not isinstance(part, Tensor) or not part.requires_grad:
+                return part
+            region = None
+            if len(parents) == 1:
+                (parent, leaf), *_ = parents
+                casts = func in CASTING and part.shape == leaf.shape
+                region = parent.region if casts else region_of_view(parent, leaf, part)
+            made = Expression((key, index), part.detach(), parents, part, push, region)
+            self.expressions.append(made)
+            self.known[id(made.tensor)] = made
+            return made.tensor
+
+        if type(value) in (tuple, list):
+            return type(value)(expression(i, part) for i, part in enumerate(value))
+        return expression(0, value)
+
+    def _push_rows(
+        self, weight: Expression, tokens: Tensor, _: Any, padding_idx: int | None = None, *others: Any, **options: Any
+    ) -> Callable[[PerExampleGradient], PerExampleGradient]:
+        """An embedding of tokens that all examples share: each example's gradient goes to the same rows."""
+        shared = tokens.expand(self.n, *tokens.shape)
+        return lambda g: embedding_rows(shared, g.dense(0, self.n), weight.tensor, padding_idx)
+
+    # -- backward --------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, deliver: Deliver, *, retain_graph: bool = False) -> None:
+        """Runs the backward. Each connected set of expressions is delivered as soon as its gradients are complete."""
+        self.deliver, self.waiting = deliver, self.uses.copy()
+        self.joint = {name for e in self.expressions if len(e.roots) > 1 for name in e.roots}
+        self.in_backward = True
+        try:
+            if loss.requires_grad:
+                torch.autograd.backward([loss], inputs=[self.trigger], retain_graph=retain_graph)
+        finally:
+            self.in_backward = False
+        with unwatched():
+            while late := next((e for e in self.expressions if e.gradients), None):  # some uses had no path to the loss
+                self._settle(_connected(late.roots, self.expressions))
+
+    def _arrived(self, expression: Expression, gradient: PerExampleGradient) -> None:
+        expression.gradients.append(gradient)
+        self.waiting.subtract(expression.roots)
+        root, *others = expression.roots
+        if not others and not self.waiting[root] and root not in self.joint:
+            self._settle({root})
+
+    def _settle(self, roots: set[str]) -> None:
+        expressions = [e for e in self.expressions if e.roots & roots]
+        self.deliver(expressions)
+        for e in expressions:
+            e.gradients = []
+
+
+def _connected(roots: Iterable[str], expressions: Sequence[Expression]) -> set[str]:
+    """The parameters that expressions join with these, directly or through others."""
+    found = set(roots)
+    while True:
+        more = found.union(*(e.roots for e in expressions if e.roots & found))
+        if more == found:
+            return found
+        found = more
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward hands over the loss gradient, with what was kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, trigger: Tensor, value: Tensor, receive: Callable[..., None], *kept: Tensor) -> Tensor:
+        # Kept through the context: an in-place change of it afterwards is then an error, not a wrong result.
+        ctx.save_for_backward(*kept)
+        ctx.receive, ctx.kept = receive, len(kept)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.receive(gradient, *ctx.saved_tensors)
+        return None, gradient, None, *[None] * ctx.kept
