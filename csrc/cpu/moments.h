@@ -13,7 +13,8 @@
 namespace unlearn {
 
 constexpr int64_t COLUMNS = 4096;  // summed together at most
-constexpr int64_t STRIP = 64;      // columns between two prefetches
+constexpr int64_t STRIP = 64;      // columns that are fetched together
+constexpr int64_t AHEAD = 256;     // columns between fetching and adding
 
 // A [B, T, columns] operand with any strides.
 template <class T>
@@ -65,17 +66,14 @@ struct Moments {
   }
 };
 
-// Fetches the 64-byte lines of a strip of columns, 1 KiB ahead of it. Beyond the end of memory it does nothing.
-template <class T>
-UNLEARN_INLINE void prefetch_strip(const T* strip) {
-  const char* ahead = reinterpret_cast<const char*>(strip) + 1024;
-#pragma GCC unroll 8
-  for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+// Starts to fetch the 64-byte lines of `bytes` bytes. Only a hint: beyond the end of memory it does nothing.
+UNLEARN_INLINE void prefetch(const void* data, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(data) + byte);
 }
 
 // Rows that are summed in the computing type; more where it is double, which is what sums their sums.
 template <class C>
-constexpr int64_t ROWS = sizeof(C) == sizeof(double) ? 256 : 32;
+constexpr int64_t ROWS = sizeof(C) == sizeof(double) ? 128 : 32;
 
 template <class C>
 struct Scratch {
@@ -83,16 +81,21 @@ struct Scratch {
   alignas(64) double total[COLUMNS];
 };
 
-// part[c] = the sum of rows(k)(c) over begin <= k < end. One row after the other: memory is then read in its own order,
-// and fetched 1 KiB ahead, which the hardware alone does not keep up with.
+// part[c] = the sum of rows(k)(c) over begin <= k < end, one row after the other, which is how memory likes to be read. It
+// is fetched AHEAD columns before its turn, in the next rows too: the hardware alone does not keep up.
 template <class Rows, class C>
 UNLEARN_INLINE void sum_rows(const Rows& rows, int64_t begin, int64_t end, int64_t columns, C* part) {
   std::fill(part, part + columns, C(0));
+  const int64_t rows_ahead = AHEAD / columns, columns_ahead = AHEAD % columns;
   for (int64_t k = begin; k < end; ++k) {
-    const auto row = rows(k);
+    const auto row = rows(k), soon = rows(k + rows_ahead), later = rows(k + rows_ahead + 1);
     int64_t c0 = 0;
     for (; c0 + STRIP <= columns; c0 += STRIP) {
-      row.prefetch(c0);
+      if (c0 + columns_ahead < columns) {
+        soon.prefetch(c0 + columns_ahead);
+      } else {
+        later.prefetch(c0 + columns_ahead - columns);
+      }
 #pragma omp simd
       for (int64_t c = c0; c < c0 + STRIP; ++c) part[c] += row(c);
     }
@@ -102,11 +105,10 @@ UNLEARN_INLINE void sum_rows(const Rows& rows, int64_t begin, int64_t end, int64
 }
 
 // Adds the moments of one example, whose gradient is the sum of rows(0) to rows(n - 1), n > 0. rows(k) is a function of
-// the column.
+// the column; rows beyond n are only fetched ahead.
 template <class Rows, class C, class O>
 UNLEARN_INLINE void add_example(
     const Rows& rows, int64_t n, int64_t columns, const Moments<O>& moments, double weight, Scratch<C>& scratch) {
-  if (n == 1) return moments.add(rows(0), columns, weight);
   C* part = scratch.part;
   double* total = scratch.total;
   sum_rows(rows, 0, std::min(n, ROWS<C>), columns, part);
