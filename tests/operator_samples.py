@@ -45,7 +45,15 @@ def samples() -> dict[str, list[tuple]]:
         "sum_grad_squared_embedding_": [
             (_floats(5, 3), _labels(2, 4, V=5), _floats(2, 4, 3), None, None, 0.5, False),
             (_floats(5, 3), _labels(2, 4, V=5).int(), _floats(2, 4, 3).half(), _positive(2), _floats(5, 3), 1.0, True),
-            (_floats(3, 5).T, _labels(4, 2, V=5) - 1, _floats(2, 4, 3).transpose(0, 1), None, _floats(3, 5).T, 1.0, False),
+            (
+                _floats(3, 5).T,
+                _labels(4, 2, V=5) - 1,
+                _floats(2, 4, 3).transpose(0, 1),
+                None,
+                _floats(3, 5).T,
+                1.0,
+                False,
+            ),
             (_floats(5, 3), _labels(0, 4, V=5), _floats(0, 4, 3), None, _floats(5, 3), 1.0, False),
         ],
         "sum_grad_squared_scale_": [

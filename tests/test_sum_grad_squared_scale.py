@@ -168,13 +168,13 @@ def test_nothing_but_out_and_first_is_written(layout, shape):
 def test_autograd_notices_the_changes_and_no_graph_is_built():
     out, first, x, g, weights = make_inputs(3, 4, 5, torch.float32)
     versions = out._version, first._version
-    sum_grad_squared_scale_(
-        out, x.requires_grad_(), g.requires_grad_(), weights=weights.requires_grad_(), first=first
-    )
+    sum_grad_squared_scale_(out, x.requires_grad_(), g.requires_grad_(), weights=weights.requires_grad_(), first=first)
     assert out._version > versions[0] and first._version > versions[1]
     assert not out.requires_grad and not first.requires_grad
     with torch.inference_mode():
-        assert_accurate(sum_grad_squared_scale_(out * 0, x, g), reference.sum_grad_squared_scale_(out * 0, x, g).double())
+        assert_accurate(
+            sum_grad_squared_scale_(out * 0, x, g), reference.sum_grad_squared_scale_(out * 0, x, g).double()
+        )
 
 
 # Hostile values
@@ -203,7 +203,10 @@ def test_infinities_and_zeros_behave_as_in_ieee():
     x = torch.tensor([[[INF, -INF, 1.0, INF], [0.0, 1.0, 1.0, -INF]]])
     g = torch.tensor([[[0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]])
     out = torch.tensor([0.0, 0.0, NAN, 0.0])
-    for a, b in ((x, g), (x.transpose(1, 2).contiguous().transpose(1, 2), g.transpose(1, 2).contiguous().transpose(1, 2))):
+    for a, b in (
+        (x, g),
+        (x.transpose(1, 2).contiguous().transpose(1, 2), g.transpose(1, 2).contiguous().transpose(1, 2)),
+    ):
         result = sum_grad_squared_scale_(out.clone(), a, b)
         torch.testing.assert_close(result, torch.tensor([NAN, INF, NAN, NAN]), rtol=0, atol=0, equal_nan=True)
 

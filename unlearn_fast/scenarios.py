@@ -185,9 +185,7 @@ def _add_scale(channels_first: bool, bias: bool = False) -> Callable[[ModuleType
 
 def _targets(x: Tensors) -> tuple[Tensors, dict[str, Any]]:
     """What the sums are added to, and the options of a call with weights and first moment."""
-    out, first, weights = (
-        x[n].to(torch.promote_types(x[n].dtype, torch.float32)) for n in ("out", "first", "weights")
-    )
+    out, first, weights = (x[n].to(torch.promote_types(x[n].dtype, torch.float32)) for n in ("out", "first", "weights"))
     targets = {"out": out.abs(), "absolute": out.abs(), "first": first}
     return targets, {"scale": 0.3, "weights": weights.abs(), "first": first}
 

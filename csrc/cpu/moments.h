@@ -1,8 +1,8 @@
 // What the squared per-example gradients of an embedding and of an elementwise scale share: an example's gradient is a
 // sum of rows, and its square, weighted, is added to a row of the output.
 //
-// At most ROWS rows are summed in the computing type, and their sums in double: the error does not grow with the number
-// of rows, and no square overflows or vanishes for which the result has room.
+// Short runs of rows are summed in the computing type, and their sums in double: the error hardly grows with the number
+// of rows.
 #pragma once
 
 #include <algorithm>
@@ -36,32 +36,33 @@ struct Moments {
     return {out + out_offset, out_stride, first ? first + first_offset : nullptr, first_stride, absolute};
   }
 
-  template <class Gradient>
-  UNLEARN_INLINE void add(const Gradient& gradient, int64_t columns, double weight) const {
+  // Computes in W, the type of the weight.
+  template <class Gradient, class W>
+  UNLEARN_INLINE void add(const Gradient& gradient, int64_t columns, W weight) const {
     if (absolute) {
-      add_terms(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
-        return weight * std::abs(double(gradient(c)));
+      add_terms<W>(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
+        return weight * std::abs(W(gradient(c)));
       });
     } else {
-      add_terms(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
-        const double g = double(gradient(c));
-        return weight * g * g;
+      add_terms<W>(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
+        const W g = W(gradient(c));
+        return weight * g * g;  // in this order: what is left of an ordinary result has not been too large or small
       });
     }
     if (first == nullptr) return;
-    add_terms(first, first_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
-      return weight * double(gradient(c));
+    add_terms<W>(first, first_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
+      return weight * W(gradient(c));
     });
   }
 
  private:
-  template <class Term>
+  template <class W, class Term>
   static UNLEARN_INLINE void add_terms(O* target, int64_t stride, int64_t columns, const Term& term) {
     if (stride == 1) {
 #pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) target[c] = O(target[c] + term(c));
+      for (int64_t c = 0; c < columns; ++c) target[c] = O(W(target[c]) + term(c));
     } else {
-      for (int64_t c = 0; c < columns; ++c) target[c * stride] = O(target[c * stride] + term(c));
+      for (int64_t c = 0; c < columns; ++c) target[c * stride] = O(W(target[c * stride]) + term(c));
     }
   }
 };
@@ -71,9 +72,12 @@ UNLEARN_INLINE void prefetch(const void* data, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(data) + byte);
 }
 
-// Rows that are summed in the computing type; more where it is double, which is what sums their sums.
+// How many of n rows are summed in the computing type. Where that is double too, as many as there are such sums.
 template <class C>
-constexpr int64_t ROWS = sizeof(C) == sizeof(double) ? 128 : 32;
+int64_t rows_of_part(int64_t n) {
+  constexpr int64_t ROWS = 32;
+  return sizeof(C) == sizeof(double) ? std::max(ROWS, int64_t(std::sqrt(double(n)))) : ROWS;
+}
 
 template <class C>
 struct Scratch {
@@ -106,18 +110,19 @@ UNLEARN_INLINE void sum_rows(const Rows& rows, int64_t begin, int64_t end, int64
 
 // Adds the moments of one example, whose gradient is the sum of rows(0) to rows(n - 1), n > 0. rows(k) is a function of
 // the column; rows beyond n are only fetched ahead.
-template <class Rows, class C, class O>
+template <class Rows, class C, class O, class W>
 UNLEARN_INLINE void add_example(
-    const Rows& rows, int64_t n, int64_t columns, const Moments<O>& moments, double weight, Scratch<C>& scratch) {
+    const Rows& rows, int64_t n, int64_t columns, const Moments<O>& moments, W weight, Scratch<C>& scratch) {
   C* part = scratch.part;
   double* total = scratch.total;
-  sum_rows(rows, 0, std::min(n, ROWS<C>), columns, part);
-  if (n <= ROWS<C>) {
+  const int64_t step = rows_of_part<C>(n);
+  sum_rows(rows, 0, std::min(n, step), columns, part);
+  if (n <= step) {
     return moments.add([part](int64_t c) __attribute__((always_inline)) { return part[c]; }, columns, weight);
   }
   std::copy(part, part + columns, total);
-  for (int64_t k = ROWS<C>; k < n; k += ROWS<C>) {
-    sum_rows(rows, k, std::min(n, k + ROWS<C>), columns, part);
+  for (int64_t k = step; k < n; k += step) {
+    sum_rows(rows, k, std::min(n, k + step), columns, part);
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) total[c] += part[c];
   }

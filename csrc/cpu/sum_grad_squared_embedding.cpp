@@ -69,8 +69,14 @@ void sum_grad_squared_embedding_(
   dispatch_floating(grad_outputs.scalar_type(), "grad_outputs", [&](auto type) {
     using T = decltype(type);
     EmbeddingProblem<T> problem{
-        strided<T>(grad_outputs), data<int64_t>(tokens), tokens.size(1),
-        weights ? data<compute_t<T>>(*weights) : nullptr, scale, nullptr, nullptr, 0};
+        strided<T>(grad_outputs),
+        data<int64_t>(tokens),
+        tokens.size(1),
+        weights ? data<compute_t<T>>(*weights) : nullptr,
+        scale,
+        nullptr,
+        nullptr,
+        0};
     run(problem, N, out, first, absolute);
   });
 }

@@ -65,6 +65,13 @@ struct Row {
   }
 };
 
+// Whether C holds the weight with all its digits. If not, the example is added in double.
+template <class C>
+bool ordinary(double weight) {
+  const double magnitude = std::abs(weight);
+  return magnitude >= std::numeric_limits<C>::min() && magnitude <= std::numeric_limits<C>::max();
+}
+
 // The rows of out that begin at places `begin` to `end` of the order, columns c0 to c0 + columns.
 template <bool UNIT, class T>
 UNLEARN_CLONED void embedding_rows(
@@ -88,7 +95,16 @@ UNLEARN_CLONED void embedding_rows(
       const auto rows = [&](int64_t k) __attribute__((always_inline)) {
         return Row<UNIT, T>{g + q.offsets[std::min(i + k, q.count - 1)], q.g.stride_c};
       };
-      add_example(rows, n, columns, moments, q.weights ? q.scale * double(q.weights[b]) : q.scale, scratch);
+      const double weight = q.weights ? q.scale * double(q.weights[b]) : q.scale;
+      if (!ordinary<C>(weight)) {
+        add_example(rows, n, columns, moments, weight, scratch);
+      } else if (n > 1) {
+        add_example(rows, n, columns, moments, C(weight), scratch);
+      } else {  // the most common case
+        if (UNIT)
+          prefetch(rows(1).data, std::min<int64_t>(columns * sizeof(T), 512));  // the hardware foresees the rest
+        moments.add(rows(0), columns, C(weight));
+      }
       i += n;
     } while (i < q.count && token(i) == v);
   }

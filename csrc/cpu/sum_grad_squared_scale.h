@@ -51,8 +51,7 @@ UNLEARN_CLONED void scale_rows(
     const T* g = q.g.data + b * q.g.stride_b + c0 * q.g.stride_c;
     const T* x = X ? q.x.data + b * q.x.stride_b + c0 * q.x.stride_c : nullptr;
     const auto rows = [&](int64_t t) __attribute__((always_inline)) {
-      return Products<UNIT, X, T>{
-          g + t * q.g.stride_t, X ? x + t * q.x.stride_t : nullptr, q.g.stride_c, q.x.stride_c};
+      return Products<UNIT, X, T>{g + t * q.g.stride_t, X ? x + t * q.x.stride_t : nullptr, q.g.stride_c, q.x.stride_c};
     };
     if (q.T_ == 1) {
       moments.add(rows(0), columns, q.weight(b));
