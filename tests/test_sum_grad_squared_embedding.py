@@ -1,4 +1,4 @@
-"""sum_grad_squared_embedding_ against float64: repeated tokens, layouts, moments, hostile values, what is not written."""
+"""sum_grad_squared_embedding_ against float64: repeated tokens, layouts, moments, hostile values, foreign memory."""
 
 import math
 
@@ -145,7 +145,7 @@ def test_no_examples_no_positions_or_skipped_tokens_add_nothing(shape):
 def test_an_empty_table():
     out = torch.zeros(0, 5)
     sum_grad_squared_embedding_(out, torch.full((2, 3), -1), torch.ones(2, 3, 5))
-    with pytest.raises(RuntimeError, match="tokens holds 0.*below V = 0"):
+    with pytest.raises(RuntimeError, match=r"tokens holds 0.*below V = 0"):
         sum_grad_squared_embedding_(out, torch.zeros(2, 3).long(), torch.ones(2, 3, 5))
 
 

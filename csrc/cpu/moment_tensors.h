@@ -41,8 +41,8 @@ template <class C>
 Moments<C> moments_at(const Tensor& out, const std::optional<Tensor>& first, bool absolute) {
   const int64_t last = out.dim() - 1;
   return {
-      mutable_data<C>(out), out.stride(last), first ? mutable_data<C>(*first) : nullptr, first ? first->stride(last) : 0,
-      absolute};
+      mutable_data<C>(out), out.stride(last), first ? mutable_data<C>(*first) : nullptr,
+      first ? first->stride(last) : 0, absolute};
 }
 
 }  // namespace unlearn

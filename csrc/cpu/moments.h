@@ -1,8 +1,8 @@
 // What the squared per-example gradients of an embedding and of an elementwise scale share: an example's gradient is a
 // sum of rows, and its square, weighted, is added to a row of the output.
 //
-// At most ROWS rows are summed in the computing type, and their sums in double: the error does not grow with the number
-// of rows, and no square overflows or vanishes for which the result has room.
+// Short runs of rows are summed in the computing type, and their sums in double: the error hardly grows with the number
+// of rows.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@
 namespace unlearn {
 
 constexpr int64_t COLUMNS = 4096;  // summed together at most
-constexpr int64_t STRIP = 64;      // columns between two prefetches
+constexpr int64_t STRIP = 64;      // columns that are fetched together
+constexpr int64_t AHEAD = 256;     // columns between fetching and adding
 
 // A [B, T, columns] operand with any strides.
 template <class T>
@@ -35,47 +36,48 @@ struct Moments {
     return {out + out_offset, out_stride, first ? first + first_offset : nullptr, first_stride, absolute};
   }
 
-  template <class Gradient>
-  UNLEARN_INLINE void add(const Gradient& gradient, int64_t columns, double weight) const {
+  // Computes in W, the type of the weight.
+  template <class Gradient, class W>
+  UNLEARN_INLINE void add(const Gradient& gradient, int64_t columns, W weight) const {
     if (absolute) {
-      add_terms(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
-        return weight * std::abs(double(gradient(c)));
+      add_terms<W>(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
+        return weight * std::abs(W(gradient(c)));
       });
     } else {
-      add_terms(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
-        const double g = double(gradient(c));
-        return weight * g * g;
+      add_terms<W>(out, out_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
+        const W g = W(gradient(c));
+        return weight * g * g;  // in this order: what is left of an ordinary result has not been too large or small
       });
     }
     if (first == nullptr) return;
-    add_terms(first, first_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
-      return weight * double(gradient(c));
+    add_terms<W>(first, first_stride, columns, [&](int64_t c) __attribute__((always_inline)) {
+      return weight * W(gradient(c));
     });
   }
 
  private:
-  template <class Term>
+  template <class W, class Term>
   static UNLEARN_INLINE void add_terms(O* target, int64_t stride, int64_t columns, const Term& term) {
     if (stride == 1) {
 #pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) target[c] = O(target[c] + term(c));
+      for (int64_t c = 0; c < columns; ++c) target[c] = O(W(target[c]) + term(c));
     } else {
-      for (int64_t c = 0; c < columns; ++c) target[c * stride] = O(target[c * stride] + term(c));
+      for (int64_t c = 0; c < columns; ++c) target[c * stride] = O(W(target[c * stride]) + term(c));
     }
   }
 };
 
-// Fetches the 64-byte lines of a strip of columns, 1 KiB ahead of it. Beyond the end of memory it does nothing.
-template <class T>
-UNLEARN_INLINE void prefetch_strip(const T* strip) {
-  const char* ahead = reinterpret_cast<const char*>(strip) + 1024;
-#pragma GCC unroll 8
-  for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+// Starts to fetch the 64-byte lines of `bytes` bytes. Only a hint: beyond the end of memory it does nothing.
+UNLEARN_INLINE void prefetch(const void* data, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(data) + byte);
 }
 
-// Rows that are summed in the computing type; more where it is double, which is what sums their sums.
+// How many of n rows are summed in the computing type. Where that is double too, as many as there are such sums.
 template <class C>
-constexpr int64_t ROWS = sizeof(C) == sizeof(double) ? 256 : 32;
+int64_t rows_of_part(int64_t n) {
+  constexpr int64_t ROWS = 32;
+  return sizeof(C) == sizeof(double) ? std::max(ROWS, int64_t(std::sqrt(double(n)))) : ROWS;
+}
 
 template <class C>
 struct Scratch {
@@ -83,16 +85,21 @@ struct Scratch {
   alignas(64) double total[COLUMNS];
 };
 
-// part[c] = the sum of rows(k)(c) over begin <= k < end. One row after the other: memory is then read in its own order,
-// and fetched 1 KiB ahead, which the hardware alone does not keep up with.
+// part[c] = the sum of rows(k)(c) over begin <= k < end, one row after the other, which is how memory likes to be read. It
+// is fetched AHEAD columns before its turn, in the next rows too: the hardware alone does not keep up.
 template <class Rows, class C>
 UNLEARN_INLINE void sum_rows(const Rows& rows, int64_t begin, int64_t end, int64_t columns, C* part) {
   std::fill(part, part + columns, C(0));
+  const int64_t rows_ahead = AHEAD / columns, columns_ahead = AHEAD % columns;
   for (int64_t k = begin; k < end; ++k) {
-    const auto row = rows(k);
+    const auto row = rows(k), soon = rows(k + rows_ahead), later = rows(k + rows_ahead + 1);
     int64_t c0 = 0;
     for (; c0 + STRIP <= columns; c0 += STRIP) {
-      row.prefetch(c0);
+      if (c0 + columns_ahead < columns) {
+        soon.prefetch(c0 + columns_ahead);
+      } else {
+        later.prefetch(c0 + columns_ahead - columns);
+      }
 #pragma omp simd
       for (int64_t c = c0; c < c0 + STRIP; ++c) part[c] += row(c);
     }
@@ -102,20 +109,20 @@ UNLEARN_INLINE void sum_rows(const Rows& rows, int64_t begin, int64_t end, int64
 }
 
 // Adds the moments of one example, whose gradient is the sum of rows(0) to rows(n - 1), n > 0. rows(k) is a function of
-// the column.
-template <class Rows, class C, class O>
+// the column; rows beyond n are only fetched ahead.
+template <class Rows, class C, class O, class W>
 UNLEARN_INLINE void add_example(
-    const Rows& rows, int64_t n, int64_t columns, const Moments<O>& moments, double weight, Scratch<C>& scratch) {
-  if (n == 1) return moments.add(rows(0), columns, weight);
+    const Rows& rows, int64_t n, int64_t columns, const Moments<O>& moments, W weight, Scratch<C>& scratch) {
   C* part = scratch.part;
   double* total = scratch.total;
-  sum_rows(rows, 0, std::min(n, ROWS<C>), columns, part);
-  if (n <= ROWS<C>) {
+  const int64_t step = rows_of_part<C>(n);
+  sum_rows(rows, 0, std::min(n, step), columns, part);
+  if (n <= step) {
     return moments.add([part](int64_t c) __attribute__((always_inline)) { return part[c]; }, columns, weight);
   }
   std::copy(part, part + columns, total);
-  for (int64_t k = ROWS<C>; k < n; k += ROWS<C>) {
-    sum_rows(rows, k, std::min(n, k + ROWS<C>), columns, part);
+  for (int64_t k = step; k < n; k += step) {
+    sum_rows(rows, k, std::min(n, k + step), columns, part);
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) total[c] += part[c];
   }

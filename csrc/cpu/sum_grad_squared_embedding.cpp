@@ -15,10 +15,10 @@ void check_tokens(const int64_t* tokens, int64_t N, int64_t T, int64_t V) {
 }
 
 // How many of the ordered tokens are the most frequent one: what no split by rows can share out.
-int64_t longest_row(const int64_t* tokens, const std::vector<int64_t>& order) {
+int64_t longest_row(const int64_t* tokens, const std::vector<int64_t>& places) {
   int64_t longest = 0, start = 0;
-  for (int64_t i = 0; i < int64_t(order.size()); ++i) {
-    if (tokens[order[i]] != tokens[order[start]]) start = i;
+  for (int64_t i = 0; i < int64_t(places.size()); ++i) {
+    if (tokens[places[i]] != tokens[places[start]]) start = i;
     longest = std::max(longest, i + 1 - start);
   }
   return longest;
@@ -27,11 +27,12 @@ int64_t longest_row(const int64_t* tokens, const std::vector<int64_t>& order) {
 template <class T>
 void run(EmbeddingProblem<T> q, int64_t N, const Tensor& out, const std::optional<Tensor>& first, bool absolute) {
   const int64_t V = out.size(0), H = out.size(1), threads = torch::stable::get_num_threads();
-  const std::vector<int64_t> order = order_by_token(q.tokens, N, V);
-  q.order = order.data();
-  q.count = int64_t(order.size());
+  const Order order = order_by_token(q.tokens, N, q.T_, V, q.g);
+  q.places = order.places.data();
+  q.offsets = order.offsets.data();
+  q.count = int64_t(order.places.size());
   int64_t width = std::min(H, COLUMNS);
-  if (threads > 1 && longest_row(q.tokens, order) * threads > q.count) {
+  if (threads > 1 && longest_row(q.tokens, order.places) * threads > q.count) {
     while (width > 64 && (H + width - 1) / width < threads) width = (width / 2 + 15) / 16 * 16;
   }
   const auto moments = moments_at<compute_t<T>>(out, first, absolute);
@@ -68,8 +69,14 @@ void sum_grad_squared_embedding_(
   dispatch_floating(grad_outputs.scalar_type(), "grad_outputs", [&](auto type) {
     using T = decltype(type);
     EmbeddingProblem<T> problem{
-        strided<T>(grad_outputs), data<int64_t>(tokens), tokens.size(1),
-        weights ? data<compute_t<T>>(*weights) : nullptr, scale, nullptr, 0};
+        strided<T>(grad_outputs),
+        data<int64_t>(tokens),
+        tokens.size(1),
+        weights ? data<compute_t<T>>(*weights) : nullptr,
+        scale,
+        nullptr,
+        nullptr,
+        0};
     run(problem, N, out, first, absolute);
   });
 }

@@ -20,7 +20,8 @@ void run(const ScaleProblem<T>& q, int64_t B, int64_t C, const Moments<compute_t
   const int64_t groups = groups_of(B, q.T_, C);
   const int64_t threads = torch::stable::get_num_threads();
   int64_t width = std::min(C, COLUMNS);
-  while (threads > 1 && width > 64 && groups * ((C + width - 1) / width) < 3 * threads) width = (width / 2 + 15) / 16 * 16;
+  while (threads > 1 && width > 64 && groups * ((C + width - 1) / width) < 3 * threads)
+    width = (width / 2 + 15) / 16 * 16;
   const int64_t blocks = (C + width - 1) / width, work = (B + groups - 1) / groups * q.T_ * width;
   std::vector<double> sums(groups * C), firsts(target.first ? groups * C : 0);
   torch::stable::parallel_for(

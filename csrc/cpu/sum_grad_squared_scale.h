@@ -37,8 +37,8 @@ struct Products {
   }
 
   UNLEARN_INLINE void prefetch(int64_t i) const {
-    if constexpr (UNIT) prefetch_strip(g + i);
-    if constexpr (UNIT && X) prefetch_strip(x + i);
+    if constexpr (UNIT) unlearn::prefetch(g + i, STRIP * sizeof(T));
+    if constexpr (UNIT && X) unlearn::prefetch(x + i, STRIP * sizeof(T));
   }
 };
 
@@ -51,10 +51,13 @@ UNLEARN_CLONED void scale_rows(
     const T* g = q.g.data + b * q.g.stride_b + c0 * q.g.stride_c;
     const T* x = X ? q.x.data + b * q.x.stride_b + c0 * q.x.stride_c : nullptr;
     const auto rows = [&](int64_t t) __attribute__((always_inline)) {
-      return Products<UNIT, X, T>{
-          g + t * q.g.stride_t, X ? x + t * q.x.stride_t : nullptr, q.g.stride_c, q.x.stride_c};
+      return Products<UNIT, X, T>{g + t * q.g.stride_t, X ? x + t * q.x.stride_t : nullptr, q.g.stride_c, q.x.stride_c};
     };
-    add_example(rows, q.T_, columns, moments, q.weight(b), scratch);
+    if (q.T_ == 1) {
+      moments.add(rows(0), columns, q.weight(b));
+    } else {
+      add_example(rows, q.T_, columns, moments, q.weight(b), scratch);
+    }
   }
 }
 

@@ -33,6 +33,9 @@ def smallest() -> list[Case]:
         token_logprobs(6, 1000, BFLOAT16),
         linear_token_logprobs(12, 16, 1000),
         sum_grad_squared_linear(2, 8, 16, 24),
+        sum_grad_squared_embedding(2, 40, 16, 30),
+        sum_grad_squared_scale(3, 40, 16),
+        sum_grad_squared_scale(3, 40, 16, channels_first=True),
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
         flat_loss(2, 9, 1000),
@@ -49,6 +52,9 @@ def full() -> list[Case]:
         token_logprobs(512, 32_000, BFLOAT16, inplace=True),
         linear_token_logprobs(1024, 1024, 32_000),
         sum_grad_squared_linear(8, 128, 512, 1536),
+        sum_grad_squared_embedding(16, 512, 768, 50_257),
+        sum_grad_squared_scale(16, 512, 1024),
+        sum_grad_squared_scale(32, 784, 256, channels_first=True),
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
         flat_loss(4, 65, 32_000),
@@ -148,6 +154,60 @@ def _in_place(function: Callable[..., Any]) -> Run:
         return (x["out"],)
 
     return run
+
+
+def sum_grad_squared_embedding(B: int, T: int, H: int, V: int) -> Case:
+    """Tokens as frequent as words are: the n-th most frequent one 1 / n times as often as the first."""
+    frequency = 1 / torch.arange(1, V + 1)
+
+    def inputs(g: torch.Generator) -> Inputs:
+        return {
+            "out": normal(g, V, H).square(),
+            "inputs": torch.randperm(V, generator=g)[torch.multinomial(frequency, B * T, True, generator=g).view(B, T)],
+            "grad_outputs": normal(g, B, T, H),
+        }
+
+    distinct = V - (1 - frequency / frequency.sum()).pow(B * T).sum().item()  # expected
+    return Case(
+        operator="sum_grad_squared_embedding_",
+        shape=f"B {B}, T {T}, [{V}, {H}]",
+        dtype=FLOAT32,
+        inputs=inputs,
+        overwritten=("out",),
+        ours=_in_place(unlearn_fast.sum_grad_squared_embedding_),
+        exact=in_float64(_in_place(reference.sum_grad_squared_embedding_)),
+        rivals={
+            "reference": _in_place(reference.sum_grad_squared_embedding_),
+            "unique, index_add_": _in_place(rivals.unique_sum_grad_squared_embedding_),
+            "torch.compile": _in_place(compiled(rivals.sorted_sum_grad_squared_embedding_)),
+        },
+        cost=Cost(
+            "the gradients read, each row that occurs read and written: about (B T + 2 rows) H values",
+            bytes=int((B * T + 2 * distinct) * H * 4),
+        ),
+    )
+
+
+def sum_grad_squared_scale(B: int, T: int, C: int, *, channels_first: bool = False) -> Case:
+    def values(g: torch.Generator) -> Tensor:
+        return normal(g, B, C, T).transpose(1, 2) if channels_first else normal(g, B, T, C)
+
+    return Case(
+        operator="sum_grad_squared_scale_",
+        shape=f"[{B}, {T}, {C}]",
+        dtype=FLOAT32,
+        variant="channels first" if channels_first else "",
+        inputs=lambda g: {"out": normal(g, C).square(), "inputs": values(g), "grad_outputs": values(g)},
+        overwritten=("out",),
+        ours=_in_place(unlearn_fast.sum_grad_squared_scale_),
+        exact=in_float64(_in_place(reference.sum_grad_squared_scale_)),
+        rivals={
+            "reference": _in_place(reference.sum_grad_squared_scale_),
+            "sum, square, sum": _in_place(rivals.sum_square_sum_),
+            "torch.compile": _in_place(compiled(rivals.sum_square_sum_)),
+        },
+        cost=Cost("inputs and gradients read once", bytes=2 * B * T * C * 4),
+    )
 
 
 def dampen(P: int, *, share: float) -> Case:

@@ -43,6 +43,31 @@ def einsum_sum_grad_squared_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) 
     out += torch.einsum("bto,bti->boi", grad_outputs, inputs).square().sum(0)
 
 
+def unique_sum_grad_squared_embedding_(out: Tensor, tokens: Tensor, grad_outputs: Tensor) -> None:
+    """The distinct (example, token) pairs, one gradient row for each, then their squares into the table."""
+    V = len(out)
+    pairs = (tokens + V * torch.arange(len(tokens)).unsqueeze(1)).flatten()
+    distinct, index = pairs.unique(return_inverse=True)
+    gradients = grad_outputs.new_zeros(len(distinct), out.shape[1]).index_add_(0, index, grad_outputs.flatten(0, 1))
+    out.index_add_(0, distinct % V, gradients.square_())
+
+
+def sorted_sum_grad_squared_embedding_(out: Tensor, tokens: Tensor, grad_outputs: Tensor) -> None:
+    """The same with sizes that do not depend on the tokens, which torch.compile needs to keep one graph."""
+    V, H = out.shape
+    pairs, order = (tokens + V * torch.arange(len(tokens)).unsqueeze(1)).flatten().sort()
+    new = torch.cat([pairs.new_zeros(1), (pairs[1:] != pairs[:-1]).long()])
+    index = new.cumsum(0)
+    gradients = grad_outputs.new_zeros(len(pairs), H).index_add_(0, index, grad_outputs.reshape(-1, H)[order])
+    rows = torch.zeros_like(pairs).scatter_(0, index, pairs % V)  # unused gradients are 0, and are added to row 0
+    out.index_add_(0, rows, gradients.square())
+
+
+def sum_square_sum_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    """All products [B, T, C] at once."""
+    out += (grad_outputs * inputs).sum(1).square().sum(0)
+
+
 def weight_gradient_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
     """The ordinary weight gradient: the same FLOPs, and no squares."""
     torch.mm(grad_outputs.flatten(0, -2).T, inputs.flatten(0, -2), out=out)

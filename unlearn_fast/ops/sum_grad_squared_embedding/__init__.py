@@ -19,10 +19,11 @@ def sum_grad_squared_embedding_(
     first: Tensor | None = None,  # [V, H]
     absolute: bool = False,
 ) -> Tensor:
-    """`out[v] += scale * sum_b weights[b] * G_b[v]^2`, `G_b[v] = sum_{t: tokens[b, t] = v} grad_outputs[b, t]`, in place.
+    """`out[v] += scale * sum_b weights[b] * G_b[v]^2`, with `G_b[v] = sum_{t: tokens[b, t] = v} grad_outputs[b, t]`.
 
-    G_b is example b's gradient of the table of `y = table[tokens]`: tokens that an example repeats are summed before they
-    are squared. Rows whose token does not occur are neither read nor written; neither [B, V, H] nor [V, H] is stored.
+    In place. G_b is example b's gradient of the table of `y = table[tokens]`: tokens that an example repeats are summed
+    before they are squared. Rows whose token does not occur are neither read nor written; neither [B, V, H] nor [V, H]
+    is stored.
 
     Args:
         out: [V, H] in float32 (float64 for float64 gradients), added to.

@@ -19,10 +19,10 @@ def sum_grad_squared_scale_(
     first: Tensor | None = None,  # [C]
     absolute: bool = False,
 ) -> Tensor:
-    """`out[c] += scale * sum_b weights[b] * G_b[c]^2`, `G_b[c] = sum_t grad_outputs[b, t, c] * inputs[b, t, c]`, in place.
+    """`out[c] += scale * sum_b weights[b] * G_b[c]^2`, `G_b[c] = sum_t grad_outputs[b, t, c] * inputs[b, t, c]`
 
-    G_b is example b's gradient of the weight of `y = weight * inputs`, such as a norm layer's, or, without inputs, of the
-    bias of `y = x + bias`. One pass over the inputs: neither [B, T, C] nor [B, C] is stored.
+    In place. G_b is example b's gradient of the weight of `y = weight * inputs`, such as a norm layer's, or, without
+    inputs, of the bias of `y = x + bias`. One pass over the inputs: neither [B, T, C] nor [B, C] is stored.
 
     Args:
         out: [C] in float32 (float64 for float64 inputs), added to.

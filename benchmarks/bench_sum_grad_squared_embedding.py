@@ -1,0 +1,7 @@
+"""Benchmarks of sum_grad_squared_embedding_; its cases are in `unlearn_fast/benchmarking/cases.py`."""
+
+from collections.abc import Callable
+
+
+def test_sum_grad_squared_embedding_(run_case: Callable[[], None]) -> None:
+    run_case()
