@@ -83,10 +83,10 @@ def draw_layers(results: dict[str, Any], path: Path) -> None:
     for axes, name in zip(grid, names, strict=True):
         for order, face in (("shuffled", None), ("sorted", "none")):
             for form in _forms(results, order, exact=False):
-                found = [run["forms"][form] for run in runs]
-                size = found[0]["size"]
+                size = runs[0]["forms"][form]["size"]
                 if size == 1:  # the same numbers as per-example
                     continue
+                found = [run["forms"][form] for run in runs]
                 color, marker = STYLES[size]
                 label = f"batch {size}, {order}"
                 by_layer = [one["spearman_by_layer"][name] for one in found]

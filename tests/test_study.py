@@ -21,6 +21,11 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return study_importance
 
 
+def test_page_holds_the_numbers_of_the_record(study: ModuleType) -> None:
+    page, record = ROOT / study.PAGE, ROOT / study.RESULTS
+    assert study.fill(page.read_text(), study.regions(json.loads(record.read_text()))) == page.read_text()
+
+
 def test_ranks_of_equal_values_are_shared(study: ModuleType) -> None:
     ranks = study.mean_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0, 1.0]))
     assert ranks.tolist() == [5.0, 1.5, 5.0, 3.0, 5.0, 1.5]
