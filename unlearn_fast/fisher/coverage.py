@@ -75,10 +75,10 @@ def _expected(model: nn.Module, parameters: dict[str, torch.nn.Parameter]) -> di
     found: dict[str, set[str]] = {}
     for module in model.modules():
         rule = _rule_of(module)
-        own = module.parameters() if module_rule(module) is not None else module.parameters(recurse=False)
-        for p in own:
+        for key, p in module.named_parameters(recurse=module_rule(module) is not None):
             if id(p) in names:
-                found.setdefault(names[id(p)], set()).add(rule)
+                extra_keys = isinstance(module, nn.MultiheadAttention) and key in ("bias_k", "bias_v")
+                found.setdefault(names[id(p)], set()).add("broadcast" if extra_keys else rule)
     return {name: UNKNOWN if UNKNOWN in rules else " + ".join(sorted(rules)) for name, rules in found.items()}
 
 

@@ -64,7 +64,8 @@ def diagonal_fisher(
 
     Raises:
         ValueError: unknown mode; no batches; losses that are not [B] or have no gradient; a BatchNorm that uses the
-            statistics of the batch, which couples examples; a checkpoint of another measurement.
+            statistics of the batch, or an Embedding with scale_grad_by_freq, which couple examples; a checkpoint of
+            another measurement.
 
     Source: Foster, Schoepf, Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
     Dampening", AAAI 2024.
@@ -160,6 +161,12 @@ class _BatchGradients:
 @contextmanager
 def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, gradients on and every requires_grad off; everything as it was afterwards, exceptions included."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+            raise ValueError(
+                f"Embedding {name!r} has scale_grad_by_freq=True, which divides gradients by how often a token occurs in"
+                " the batch, so that no example has a gradient of its own: it must be False"
+            )
     training = [(module, module.training) for module in model.modules()]
     handles = [
         module.register_forward_pre_hook(_refuse_batch_statistics(name))

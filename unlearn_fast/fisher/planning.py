@@ -90,10 +90,15 @@ class Record(Watch):
         super().__init__()
         self.m = m
         self.calls: list[Note] = []
+        self.narrow = False  # whether anything was computed in 16 bits, as under autocast
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
-        self.calls.append(Note(func, shapes_of(result), func in RULES and _is_inner(result, self.m)))
+        inner = False
+        if func in RULES:
+            inner = _is_inner(result, self.m)
+            self.narrow |= any(t.dtype in (torch.bfloat16, torch.float16) for t in all_tensors(result))
+        self.calls.append(Note(func, shapes_of(result), inner))
         return result
 
     def module_call(self, module: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -147,7 +152,7 @@ class Planner:
         if all(axis is None for axis in axes):
             if in_place and 0 in places:
                 return Decision(Kind.OPAQUE), f"the model changes it itself, by {name}"
-            return Decision(Kind.PASS if in_place else Kind.DERIVE), ""
+            return Decision(Kind.PASS if in_place else Kind.DERIVE), RULES[func].__name__ if func in RULES else ""
         axis = axes[0]
         if axis is None or axis == MIXED or len(axes) > 1:
             return Decision(Kind.OPAQUE), f"the result of {name} has no axis for the examples alone"

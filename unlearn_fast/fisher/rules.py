@@ -104,12 +104,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Mapping[str, Use] | None:
-    if scale_grad_by_freq:
-        raise ValueError(
-            "an Embedding has scale_grad_by_freq=True, which divides gradients by how often a token occurs in the"
-            " batch, so that no example has a gradient of its own: it must be False"
-        )
-    if max_norm is not None:
+    if max_norm is not None or scale_grad_by_freq:
         return None
     return {"weight": Use((input,), lambda grad, tokens: embedding_rows(tokens, grad, weight, padding_idx))}
 
@@ -122,7 +117,8 @@ def embedding_rows(tokens: Tensor, grad: Tensor, weight: Tensor, padding_idx: in
     return Rows(tokens, _rows(grad, H), V)
 
 
-def _convolution(
+@rule_for(F.conv1d, F.conv2d, F.conv3d)
+def convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -145,10 +141,6 @@ def _convolution(
         "weight": Use((input,), lambda grad, x: Convolution(x, grad, weight.shape, **geometry)),
         "bias": Use((), lambda grad: Scaled(None, _channels(grad, spatial), weight.shape[:1])),
     }
-
-
-for _function in (F.conv1d, F.conv2d, F.conv3d):
-    RULES[_function] = _convolution
 
 
 @rule_for(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

@@ -1,0 +1,239 @@
+"""Gradients go to the right examples, also where the model's wiring depends on the data, and the check proves it."""
+
+import warnings
+
+import pytest
+import torch
+from fisher_layers import Wiring, parameter
+from test_fisher import fisher, one_example_at_a_time, relative_error
+from torch import nn
+from torch.nn import functional as F
+
+from unlearn_fast import classification_losses
+from unlearn_fast.fisher.per_example import PerExample
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """How many batches were checked."""
+    made = []
+    add_checked = PerExample._add_checked
+
+    def counted(self, *arguments):
+        made.append(1)
+        return add_checked(self, *arguments)
+
+    monkeypatch.setattr(PerExample, "_add_checked", counted)
+    return made
+
+
+def assert_exact(model, batches, tolerance=1e-5):
+    """Returns the warnings."""
+    model.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = fisher(model, batches)
+    exact = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
+    truth = one_example_at_a_time(model.double(), exact, classification_losses)
+    for name, expected in truth.items():
+        assert relative_error(ours[name], expected) < tolerance or not expected.any() and not ours[name].any(), name
+    return [str(w.message) for w in caught if "one example at a time" in str(w.message)]
+
+
+def labelled(x):
+    return x, torch.arange(len(x)) % 4
+
+
+def batches_of(*sizes, width=9):
+    torch.manual_seed(0)
+    return [labelled(torch.randn(n, width)) for n in sizes]
+
+
+def test_one_check_serves_batches_alike(checks):
+    assert not assert_exact(nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4)), batches_of(5, 5, 3, 1, 7))
+    assert len(checks) == 1
+
+
+def test_single_examples_need_no_check(checks):
+    assert not assert_exact(nn.Linear(9, 4), batches_of(1, 1, 1))
+    assert not checks
+
+
+def test_another_branch_is_checked_anew(checks):
+    """The second branch is first taken by the third batch, and uses a weight in another layout."""
+
+    def forward(m, x):
+        if x[0, 0] > 0:
+            return m.head(torch.tanh(m.a(x)))
+        return m.head(torch.tanh(m.b(x.T.contiguous().view(9, -1).T) + F.linear(x, m.a.weight)))
+
+    batches = batches_of(4, 4, 4, 4)
+    for (x, _), sign in zip(batches, (1, 1, -1, -1), strict=True):
+        x[0, 0] = sign
+        x[1:, 0] = sign  # for the single examples too
+    model = Wiring(forward, a=nn.Linear(9, 6), b=nn.Linear(9, 6), head=nn.Linear(6, 4))
+    assert not assert_exact(model, batches)
+    assert len(checks) == 2
+
+
+def test_rows_chosen_by_a_mask_are_checked_on_every_batch(checks):
+    """On the first batches every example chooses as many rows, so that the attribution looks right."""
+
+    def forward(m, x):
+        mask = x > 0
+        out = torch.zeros(*x.shape, 5, dtype=x.dtype)
+        out[mask] = m.chosen(x[mask].unsqueeze(1))
+        return m.head(torch.tanh(out).sum(1))
+
+    batches = batches_of(4, 4, 4, 4)
+    for x, _ in batches[:2]:
+        x.abs_()[:, 5:] *= -1
+    messages = assert_exact(Wiring(forward, chosen=nn.Linear(1, 5), head=nn.Linear(5, 4)), batches)
+    assert len(messages) == 1 and "chosen (Linear)" in messages[0]
+    assert len(checks) == 4
+
+
+def test_experts_chosen_by_a_router(checks):
+    """As mixture-of-experts models do it: tokens are gathered by expert, and scattered back."""
+
+    def forward(m, x):
+        x = x.view(-1, 3)
+        scores = m.router(x).softmax(-1)
+        best, choice = scores.max(-1)
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(m.experts):
+            (rows,) = torch.where(choice == index)
+            if len(rows):
+                out.index_add_(0, rows, torch.tanh(expert(x[rows])) * best[rows, None])
+        return m.head(out.view(-1, 9))
+
+    experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+    model = Wiring(forward, router=nn.Linear(3, 4), experts=experts, head=nn.Linear(9, 4))
+    assert_exact(model, batches_of(6, 6, 5))
+
+
+def test_a_loop_of_another_length(checks):
+    def forward(m, x):
+        state = m.start.expand(len(x), -1)
+        for column in x.unbind(1):
+            state = torch.tanh(m.step(state) + column[:, None] * m.gain)
+        return m.head(state)
+
+    model = Wiring(forward, start=parameter(6), step=nn.Linear(6, 6), gain=parameter(6), head=nn.Linear(6, 4))
+    assert not assert_exact(model, batches_of(4) + batches_of(3, width=5) + batches_of(5, width=12))
+    assert len(checks) == 1
+
+
+def test_examples_that_see_one_another():
+    """Their gradients are, by definition, those of one example at a time."""
+
+    def forward(m, x):
+        return m.head(m.inner(x) - m.inner(x).mean(0, keepdim=True) * 0.5)
+
+    model = Wiring(forward, inner=nn.Linear(9, 6), head=nn.Linear(6, 4))
+    messages = assert_exact(model, batches_of(4, 4))
+    assert all(any(name in message for message in messages) for name in ("inner", "head"))
+
+
+def test_examples_in_another_order_inside():
+    """Rows are sorted before a layer and put back: the layer's rows are not in the order of the losses."""
+
+    def forward(m, x):
+        order = x[:, 0].argsort()
+        return m.head(torch.tanh(m.inner(x[order]))[order.argsort()])
+
+    model = Wiring(forward, inner=nn.Linear(9, 6), head=nn.Linear(6, 4))
+    batches = batches_of(6, 6)
+    assert any("inner" in message for message in assert_exact(model, batches))
+
+
+def test_sizes_that_could_be_taken_for_the_batch():
+    """Every axis has the size of the batch."""
+
+    def forward(m, x):
+        x = torch.tanh(m.embed(x) * m.gain + m.table)
+        return m.head(torch.tanh(x @ m.mix + (1 + m.gain)).mean(1))
+
+    torch.manual_seed(0)
+    model = Wiring(
+        forward, embed=nn.Embedding(5, 5), gain=parameter(5), table=parameter(5, 5), mix=parameter(5, 5),
+        head=nn.Linear(5, 5),
+    )  # fmt: skip
+    assert not assert_exact(model, [labelled(torch.randint(0, 5, (5, 5))) for _ in range(3)])
+
+
+def test_a_repeated_first_example_tells_the_order_of_flattened_rows():
+    """[T, B] flattened to rows: the example changes fastest."""
+
+    def forward(m, x):
+        rows = x.view(len(x), 3, 3).transpose(0, 1).reshape(-1, 3)
+        return m.head(torch.tanh(m.inner(rows)).view(3, len(x), 6).sum(0))
+
+    assert not assert_exact(Wiring(forward, inner=nn.Linear(3, 6), head=nn.Linear(6, 4)), batches_of(4, 5))
+
+
+def test_a_loss_that_is_not_finite_stays_its_own():
+    """Also where it is that of the first example, which the check repeats."""
+    model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4)).eval()
+    (x, y) = batches_of(4)[0]
+    x[0, 0] = float("nan")
+    ours = fisher(model, [(x, y)])
+    assert ours["0.weight"].isnan().all() and ours["2.bias"].isnan().all()
+
+
+def test_what_the_caller_does_wrong_is_raised_as_it_is():
+    def losses(m, b):
+        raise ZeroDivisionError("in the model")
+
+    with pytest.raises(ZeroDivisionError, match="in the model"):
+        fisher(nn.Linear(9, 4), batches_of(4), losses)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fisher(nn.Linear(8, 4), batches_of(4))
+
+
+def test_embeddings_scaled_by_frequency_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="Embedding '0' has scale_grad_by_freq=True.*it must be False"):
+        fisher(model, [labelled(torch.randint(0, 5, (3, 2)))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = nn.Sequential(
+        nn.Linear(9, 16), nn.LayerNorm(16), nn.GELU(), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 6, 2), nn.Flatten(),
+        nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    batches = batches_of(6, 6)
+
+    def losses(m, b):
+        with torch.autocast("cpu", dtype):
+            return classification_losses(m, b)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = fisher(model, batches, losses)
+    truth = one_example_at_a_time(model.double(), [(x.double(), y) for x, y in batches], classification_losses)
+    for name, expected in truth.items():
+        assert relative_error(ours[name], expected) < 0.1, name
+
+
+def test_extra_memory_does_not_grow_with_the_batch(monkeypatch):
+    """No tensor of [B, parameters] exists: the largest result of any operation stays that of the ordinary backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.size = max(self.size, result.untyped_storage().nbytes())
+            return result
+
+    model = nn.Sequential(nn.Linear(9, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 4))
+    sizes = []
+    for n in (8, 64):
+        with Largest() as largest:
+            fisher(model, batches_of(n))
+        sizes.append(largest.size)
+    assert sizes == [300 * 300 * 4] * 2

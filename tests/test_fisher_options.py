@@ -1,0 +1,429 @@
+"""What diagonal_fisher offers beside the plain importances: labels, moments, early stop, resuming, coverage, progress."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import fisher_layers
+import pytest
+import torch
+from fisher_models import CASES, Transformer, vectors
+from test_fisher import fisher, one_example_at_a_time, relative_error
+from torch import nn
+
+from unlearn_fast import (
+    Importance,
+    WeightedLosses,
+    causal_lm_losses,
+    classification_losses,
+    coverage,
+    diagonal_fisher,
+)
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+
+
+def gradients(model, x, y):
+    """Parameter -> [N, *shape]."""
+    losses = classification_losses(model, (x, y))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return {name: torch.stack(of_name) for name, of_name in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_labels_give_the_exact_fisher_information():
+    """E over the model's own labels of the squared gradient, by the definition."""
+    model = mlp()
+    x = torch.randn(6, 9)
+    probabilities = model(x).softmax(-1).detach()
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for label in range(4):
+        for name, g in gradients(model, x, torch.full((6,), label)).items():
+            expected[name] += torch.einsum("n,n...->...", probabilities[:, label], g.square()) / 6
+    losses = functools.partial(classification_losses, labels="all")
+    for batches in ([x], [(x,)], list(x.split(4)), list(x.split(1))):
+        ours = fisher(model, batches, losses)
+        for name, truth in expected.items():
+            assert relative_error(ours[name], truth) < 1e-5, name
+
+
+def test_sampled_labels_come_from_the_model_and_repeat_with_the_seed():
+    model = mlp()
+    x = torch.randn(2, 9).repeat_interleave(2000, 0)
+    losses = functools.partial(classification_losses, labels="sampled")
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(fisher(model, x.split(500), losses))
+    exact = fisher(model, [x[::2000]], functools.partial(classification_losses, labels="all"))
+    for name in exact:
+        assert torch.equal(results[0][name], results[1][name])
+        assert relative_error(results[0][name], exact[name]) < 0.1, name
+
+
+def test_the_check_draws_the_same_labels_and_leaves_the_random_numbers_alone():
+    model = mlp()
+    x = torch.randn(8, 9)
+    losses = functools.partial(classification_losses, labels="sampled")
+    torch.manual_seed(3)
+    ours = fisher(model, [x], losses)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    labels = []
+    fisher(model, [x], lambda m, b: labels.append(losses(m, b)) or labels[-1])
+    torch.manual_seed(3)
+    values = losses(model, x)
+    assert torch.equal(after, torch.rand(1))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in values]
+    for name, of_name in zip(names, zip(*rows, strict=True), strict=True):
+        assert relative_error(ours[name], torch.stack(of_name).square().mean(0)) < 1e-5
+
+
+def test_sampled_tokens():
+    torch.manual_seed(0)
+    model = Tokens()
+    ids = torch.randint(0, 11, (4, 7))
+    losses = functools.partial(causal_lm_losses, labels="sampled")
+    torch.manual_seed(5)
+    a = fisher(model, [{"input_ids": ids}], losses)
+    torch.manual_seed(5)
+    b = fisher(model, [{"input_ids": ids}], losses)
+    true = fisher(model, [{"input_ids": ids}], causal_lm_losses)
+    for name in a:
+        assert torch.equal(a[name], b[name]) and a[name].any()
+    assert any(not torch.equal(a[name], true[name]) for name in a)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, input_ids):
+        return self.head(torch.tanh(self.embed(input_ids)))
+
+
+@pytest.mark.parametrize("losses", [classification_losses, causal_lm_losses])
+def test_unknown_labels(losses):
+    with pytest.raises(ValueError, match="labels is 'drawn': it must be one of 'true', 'sampled'"):
+        losses(mlp(), vectors(), labels="drawn")
+
+
+def test_weighted_losses_must_fit():
+    model, x = mlp(), torch.randn(4, 9)
+    for weights, message in (
+        (torch.ones(4, 2), r"both must be \[B, K\]"),
+        (torch.ones(4, 4, requires_grad=True), "detach them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fisher(model, [x], lambda m, b, w=weights: WeightedLosses(m(b), w))
+
+
+def test_example_weights():
+    model, (x, y) = mlp(), vectors(6)
+    w = torch.rand(6)
+    batches = [(x, y, w)]
+
+    def losses(m, b):
+        values = nn.functional.cross_entropy(m(b[0]), b[1], reduction="none")
+        return WeightedLosses(values[:, None], b[2][:, None])
+
+    ours = fisher(model, batches, losses, first_moment=True)
+    for name, g in gradients(model, x, y).items():
+        assert relative_error(ours[name], torch.einsum("n,n...->...", w, g.square()) / 6) < 1e-5
+        assert relative_error(ours.first_moment[name], torch.einsum("n,n...->...", w, g) / 6) < 1e-5
+
+
+# -- moments -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["convolutions", "tied_transformer", "vision_transformer", "norms", "parametrized_weights",
+             "one_weight_in_several_shapes", "raw_parameters_and_recurrence", "kernels_that_torch_does_not_show"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:measured one example")
+def test_first_moments_variances_and_absolute_values(name):
+    torch.manual_seed(0)
+    model, (x, y), _ = CASES[name]()
+    model.eval()
+    batches = list(zip(x.split(3), y.split(3), strict=True))
+    ours = fisher(model, batches, first_moment=True)
+    absolute = fisher(model, batches, mode="absolute")
+    assert absolute.mode == "absolute"
+    model.double()
+    wide = x.double() if x.is_floating_point() else x
+    truth = gradients(model, wide, y)
+    largest = max(float(g.norm()) for g in truth.values())
+    variance = ours.variance()
+    for key, g in truth.items():
+        noise = 1e-7 * largest
+        assert float((ours.first_moment[key].double() - g.mean(0)).norm()) < 1e-5 * float(g.norm()) + noise
+        assert float((absolute[key].double() - g.abs().mean(0)).norm()) < 1e-5 * float(g.norm()) + noise
+        expected = g.square().mean(0) - g.mean(0).square()
+        assert float((variance[key].double() - expected).norm()) < 1e-5 * float(g.square().sum()) + noise
+
+
+def test_moments_are_saved(tmp_path):
+    model, batch = mlp(), vectors()
+    model[0].bias.requires_grad_(False)
+    ours = fisher(model, [batch], first_moment=True)
+    ours.save(tmp_path / "importance")
+    again = Importance.load(tmp_path / "importance")
+    for name in ours:
+        assert torch.equal(ours[name], again[name]) and torch.equal(ours.first_moment[name], again.first_moment[name])
+    with pytest.raises(ValueError, match="no first moment"):
+        fisher(model, [batch]).variance()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "exact"}, "mode is 'exact'"),
+        ({"mode": "batch", "first_moment": True}, "first_moment is True in mode 'batch'"),
+        ({"mode": "batch", "target_error": 0.1}, "target_error is 0.1, mode 'batch'"),
+        ({"target_error": 0.0}, "target_error is 0.0"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        fisher(mlp(), [vectors()], **options)
+
+
+def test_batch_mode_has_the_bits_of_the_released_code():
+    """The released code's operations, in their order: zeros, += grad.clone().pow(2), /= float(batches)."""
+    torch.manual_seed(0)
+    model, (x, y), _ = CASES["convolutions"]()
+    model.eval()
+    batches = [(x[:2], y[:2]), (x[2:4], y[2:4]), (x[4:], y[4:])]
+    ours = fisher(model, batches, mode="batch")
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for xb, yb in batches:
+        model.zero_grad()
+        nn.CrossEntropyLoss()(model(xb), yb).backward()
+        for name, p in model.named_parameters():
+            sums[name] += p.grad.data.clone().pow(2)
+    for name, total in sums.items():
+        total /= float(len(batches))
+        assert torch.equal(ours[name], total), name
+
+
+# -- early stop --------------------------------------------------------------------------------------------------------
+
+
+def test_it_stops_when_the_importances_are_known_well_enough():
+    model = mlp()
+    torch.manual_seed(0)
+    batches = [(torch.randn(20, 9), torch.randint(0, 4, (20,))) for _ in range(100)]
+    everything = fisher(model, batches, target_error=1e-9)
+    assert everything.examples == 2000
+    stopped = fisher(model, batches, target_error=0.1)
+    assert 80 <= stopped.examples < 2000 and stopped.relative_error <= 0.1
+    reached = math.sqrt(
+        sum(float((stopped[n] - everything[n]).square().sum()) for n in stopped)
+        / sum(float(everything[n].square().sum()) for n in everything)
+    )
+    assert reached < 0.25
+    plain = fisher(model, batches)
+    assert plain.relative_error is None
+    for name in plain:
+        assert relative_error(everything[name], plain[name]) < 1e-6
+
+
+def test_the_estimated_error_is_the_standard_error():
+    """Against the spread of the estimate over many independent data sets."""
+    model = mlp()
+    torch.manual_seed(0)
+    runs = [
+        fisher(model, [(torch.randn(10, 9), torch.randint(0, 4, (10,))) for _ in range(12)], target_error=1e-9)
+        for _ in range(60)
+    ]
+    stacked = [torch.cat([run[name].flatten() for name in run]) for run in runs]
+    spread = torch.stack(stacked)
+    actual = float(spread.var(0).sum().sqrt() / spread.mean(0).norm())
+    estimated = sum(run.relative_error for run in runs) / len(runs)
+    assert estimated == pytest.approx(actual, rel=0.15)
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"first_moment": True}, {"target_error": 1e-9}, {"mode": "batch"}], ids=str)
+def test_it_goes_on_after_a_kill_with_the_same_result(tmp_path, options):
+    """The process is killed in the middle of a batch, as a machine that goes away would."""
+    file = tmp_path / "state"
+    script = tmp_path / "measure.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import functools, os, sys, torch
+        from torch import nn
+        from unlearn_fast import classification_losses, diagonal_fisher
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 4))
+        batches = [torch.randn(5, 9) for _ in range(9)]
+        kill_at, seen = int(sys.argv[1]), 0
+        def losses(m, b):
+            global seen
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), 9)
+            return classification_losses(m, b, labels="sampled")
+        result = diagonal_fisher(model, batches, losses, progress=False, checkpoint=sys.argv[2], checkpoint_seconds=0,
+                                 **{options!r})
+        result.save(sys.argv[3])
+        """)
+    )
+
+    def run(kill_at, state, result):
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, script, str(kill_at), state, tmp_path / result]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    whole = run(0, tmp_path / "other", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert run(6, file, "killed").returncode == -9 and file.exists()
+    resumed = run(0, file, "resumed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert not file.exists()
+    a, b = Importance.load(tmp_path / "whole"), Importance.load(tmp_path / "resumed")
+    assert (a.examples, a.batches) == (b.examples, b.batches) == (45, 9)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    for name in a.first_moment or ():
+        assert torch.equal(a.first_moment[name], b.first_moment[name])
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stopping(m, b):
+        if b[0][0, 0] == 7:
+            raise Stop
+        return classification_losses(m, b)
+
+    file = tmp_path / "state"
+    batches = [vectors() for _ in range(3)]
+    batches[2][0][0, 0] = 7
+    options = {"checkpoint": file, "checkpoint_seconds": 0}
+    with pytest.raises(Stop):
+        fisher(mlp(), batches, stopping, **options)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="belongs to another measurement \\(model is"):
+        fisher(mlp(1), batches, **options)
+    with pytest.raises(
+        ValueError, match="belongs to another measurement \\(mode is 'per_example' there and 'absolute'"
+    ):
+        fisher(mlp(), batches, mode="absolute", **options)
+    with pytest.raises(ValueError, match="made from other batches"):
+        fisher(mlp(), batches[::-1], **options)
+    assert file.read_bytes() == before
+    importance = fisher(mlp(), [batches[0]])
+    importance.save(file)
+    with pytest.raises(ValueError, match="was not written by diagonal_fisher"):
+        fisher(mlp(), batches, **options)
+
+
+# -- coverage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_coverage_tells_beforehand_what_will_serve(name):
+    torch.manual_seed(0)
+    model, batch, slow = CASES[name]()
+    expected = coverage(model)
+    found = coverage(model, batch, classification_losses)
+    assert list(expected) == list(found) == [n for n, _ in model.named_parameters()]
+    if name != "tokens_chosen_by_a_mask":  # its first two examples happen to choose as many tokens each
+        assert {n for n, rule in found.items() if rule.startswith("one example at a time: ")} == set(slow)
+    for parameter, rule in expected.items():
+        if rule not in ("found on the first batch", found[parameter]):
+            assert parameter in slow or rule in found[parameter].split(" + "), (parameter, rule, found[parameter])
+
+
+def test_coverage_of_frozen_and_unused_parameters_and_its_errors():
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    assert coverage(model) == {
+        "unused": "found on the first batch", "0.weight": "linear", "0.bias": "frozen", "2.weight": "linear",
+        "2.bias": "linear",
+    }  # fmt: skip
+    found = coverage(model, vectors(), classification_losses)
+    assert found["unused"] == "unused" and found["0.bias"] == "frozen"
+    with pytest.raises(ValueError, match="losses is missing"):
+        coverage(model, vectors())
+    with pytest.raises(ValueError, match="batch holds a single example"):
+        coverage(model, vectors(1), classification_losses)
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def every_update_shown(monkeypatch):
+    from tqdm.std import tqdm
+
+    monkeypatch.setattr("tqdm.auto.tqdm", functools.partial(tqdm, mininterval=0))
+
+
+@pytest.mark.usefixtures("every_update_shown")
+def test_progress_counts_examples_and_knows_the_end(capsys):
+    diagonal_fisher(mlp(), [vectors(4)] * 3, classification_losses)
+    bar = capsys.readouterr().err
+    assert "12/12" in bar and "examples/s" in bar
+    diagonal_fisher(mlp(), iter([vectors(4)] * 3), classification_losses)
+    assert "12 examples" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("every_update_shown")
+def test_loader_of_a_data_set(capsys):
+    x, y = vectors(10)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    ours = diagonal_fisher(mlp(), loader, classification_losses)
+    assert ours.examples == 10 and "/10 [" in capsys.readouterr().err
+
+
+# -- custom rules ------------------------------------------------------------------------------------------------------
+
+
+def test_the_registered_rule_serves_its_module():
+    model, batch, _ = CASES["kernels_that_torch_does_not_show"]()
+    assert coverage(model)["ruled.weight"] == "DoubledWithRule"
+    assert coverage(model, batch, classification_losses)["ruled.gain"] == "DoubledWithRule"
+
+
+def test_a_wrong_rule_is_found_by_the_check():
+    class Wrong(fisher_layers.Doubled):
+        def forward(self, x, scale=1.0):
+            return super().forward(x, scale=scale)[0]
+
+    @fisher_layers.rule_for(Wrong)
+    def wrong(module, x, scale=1.0):  # forgets the factor 2
+        return {
+            "weight": fisher_layers.Use((x,), lambda g, x: fisher_layers.Outer(x[:, None], (g * module.gain)[:, None]))
+        }
+
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(Wrong(9, 4)).eval(), vectors()
+    with pytest.warns(UserWarning, match=r"0 \(Wrong\)"):
+        ours = fisher(model, [(x, y)])
+    truth = one_example_at_a_time(model, [(x, y)], classification_losses)
+    for name in truth:
+        assert relative_error(ours[name], truth[name]) < 1e-5
+
+
+def test_transformer_is_covered():
+    found = coverage(
+        Transformer(tied=True), (torch.randint(0, 11, (3, 7)), torch.zeros(3).long()), classification_losses
+    )
+    assert found["tokens.weight"] == "embedding + linear" and found["positions.weight"] == "broadcast + embedding"
