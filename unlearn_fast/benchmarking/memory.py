@@ -5,6 +5,7 @@ Right to within some 100 KiB, since the system counts pages in batches.
 
 import ctypes
 import multiprocessing
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def peak_bytes(case: str, entrant: str) -> int | None:
 
 def _measure(sender: Connection, case_name: str, entrant_name: str, threads: int) -> None:
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # the check has heard them
     case = cases.find(case_name)
     entrant = next(e for e in case.entrants() if e.name == entrant_name)
     inputs = measure.make_inputs(case)
