@@ -20,7 +20,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     operator = metafunc.function.__name__.removeprefix("test_")
     chosen = cases.full() if metafunc.config.getoption("--full") else cases.smallest()
-    pairs = [(case, entrant) for case in chosen if case.operator == operator for entrant in case.entrants()]
+    entrants = [(case, entrant) for case in chosen if case.operator == operator for entrant in case.entrants()]
+    pairs = [(case, entrant) for case, entrant in entrants if not entrant.less]  # a difference is not one run's time
     assert pairs, f"no case of {operator}"
     metafunc.parametrize(("case", "entrant"), pairs, ids=[f"{case.name}-{entrant.name}" for case, entrant in pairs])
 
@@ -37,7 +38,7 @@ def run_case(benchmark: Callable, case: Case, entrant: Entrant) -> Callable[[], 
             pytest.skip(f"not timed: {verdict.failure}")
         assert not verdict.failure, f"not timed: {verdict.failure}"
         benchmark.group = case.name
-        benchmark.extra_info.update(case.counted()._asdict(), threads=torch.get_num_threads())
+        benchmark.extra_info.update(case.counted()._asdict(), threads=torch.get_num_threads(), units=entrant.units)
         benchmark.pedantic(entrant.run, setup=lambda: ((case.fresh(inputs),), {}), rounds=ROUNDS, warmup_rounds=WARM_UP)
 
     return run
