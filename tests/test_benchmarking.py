@@ -16,6 +16,13 @@ def test_names_are_unique() -> None:
     assert [cases.find(name).name for name in names] == names
 
 
+def test_memory_is_that_of_the_same_implementations() -> None:
+    for case in cases.full():
+        for weighed in case.weighed():
+            assert cases.find(weighed.name).entrants()[0].name == case.entrants()[0].name
+            assert {e.name for e in weighed.entrants()} == {e.name for e in case.entrants()}
+
+
 def test_every_operator_has_a_smallest_case() -> None:
     assert {case.operator for case in cases.smallest()} == set(cases.operators())
 
