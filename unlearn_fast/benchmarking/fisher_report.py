@@ -22,7 +22,7 @@ def table(outcome: Outcome) -> list[str]:
     size = f"{facts['parameters']:,} parameters, importance {_mib(facts['importance_bytes'])} MiB"
     lines = [f"{case.name}  ({size})"]
     lines += [f"  {line}" for line in info.table(header, [_row(outcome, timing) for timing in outcome.timings])]
-    notes = {timing.name: timing.failure or timing.note for timing in outcome.timings}
+    notes = {timing.name: "; ".join(filter(None, (timing.failure, timing.note))) for timing in outcome.timings}
     lines += [f"  {name}: {note}" for name, note in notes.items() if note]
     if ordinary:
         share = outcome.ceiling / ordinary
