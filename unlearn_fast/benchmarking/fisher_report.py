@@ -1,14 +1,13 @@
 """One table a model: what the exact Fisher costs over one ordinary forward and backward."""
 
 from unlearn_fast import info
-from unlearn_fast.benchmarking.fisher import TOLERANCE
 from unlearn_fast.benchmarking.measure import Outcome, Timing
 
 ALLOWED = 64 << 20  # bytes that ours may take beyond an ordinary forward and backward and one importance
 
-EXPLAINED = f"""time: over one ordinary forward and backward of the same batches; each further batch: the time of
+EXPLAINED = """time: over one ordinary forward and backward of the same batches; each further batch: the time of
 twice the batches less that of the batches, over their number; error: of the worst parameter's importance, in norm,
-against one example at a time in float64, at most {TOLERANCE:.0e}; missing: share of the parameters without a result;
+against one example at a time in float64; missing: share of the parameters without a result;
 memory: peak beyond model and batches for B and for 2 B examples, and what of it an ordinary one does not take"""
 
 
@@ -20,6 +19,7 @@ def table(outcome: Outcome) -> list[str]:
     memory = f"MiB, B {small}", f"B {large}", "beyond", "beyond"
     header = "", " time", f"{'ms a batch':>10}", "error", "missing", *memory
     size = f"{facts['parameters']:,} parameters, importance {_mib(facts['importance_bytes'])} MiB"
+    size += f", error at most {facts['tolerance']:.0e}"
     lines = [f"{case.name}  ({size})"]
     lines += [f"  {line}" for line in info.table(header, [_row(outcome, timing) for timing in outcome.timings])]
     notes = {timing.name: "; ".join(filter(None, (timing.failure, timing.note))) for timing in outcome.timings}
