@@ -12,7 +12,7 @@ import torch
 
 import unlearn_fast
 from unlearn_fast import _library, scenarios
-from unlearn_fast.benchmarking import cases
+from unlearn_fast.benchmarking import cases, fisher
 from unlearn_fast.cli import main
 
 
@@ -119,7 +119,10 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_prints_json_and_keeps_to_the_threads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_json_and_keeps_to_the_threads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, "SMALLEST", fisher.SMALLEST[:1])
     threads = torch.get_num_threads()
     try:
         assert main(["bench", "diagonal_fisher", "--quick", "--threads", "1", "--json"]) == 0
@@ -128,6 +131,9 @@ def test_bench_prints_json_and_keeps_to_the_threads(capsys: pytest.CaptureFixtur
     result = json.loads(capsys.readouterr().out)
     assert result["machine"]["threads"] == 1
     assert [case["operator"] for case in result["cases"]] == ["diagonal_fisher"]
+    timings = result["cases"][0]["timings"]
+    assert {t["name"]: t["over_baseline"] for t in timings}[result["cases"][0]["baseline"]] == 1
+    assert all(len(t["peaks_bytes"]) == 2 for t in timings if t["ms"] and "further" not in t["name"])
 
 
 def test_bench_refuses_to_time_a_wrong_result(

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# A wrong result is off by about 1; rounding by far less than this. `unlearn_fast verify` tells how accurate we are.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
 Inputs = dict[str, Any]
-Results = tuple[Tensor, ...]
+Results = tuple[Tensor | None, ...]  # None: what an implementation does not give
 Run = Callable[[Inputs], Results]
 
 
@@ -26,9 +29,20 @@ class Entrant(NamedTuple):
     """One implementation to check and to time."""
 
     name: str
-    kind: str  # "ours", "rival" or "yardstick"
+    kind: str  # "ours", "rival", "library" (a rival that others maintain: its mistakes are findings) or "yardstick"
     run: Run
     exact: Run
+    units: int = 1  # what one run does so many times: its time is divided by it
+    less: str = ""  # another entrant, whose time is subtracted first, round by round
+
+
+class Verdict(NamedTuple):
+    """How the results of an implementation compare with the truth."""
+
+    error: float  # the largest; infinite where it has no meaning
+    failure: str  # why the implementation must not be timed
+    missing: float = 0.0  # share of the values that it does not give
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Case:
     )  # other work, for scale; checked against its float64 self
     variant: str = ""
     overwritten: tuple[str, ...] = ()  # inputs that a run may change: each run gets its own copy of them
+    baseline: str = ""  # the yardstick whose time is the unit of the report, where it is not ours
 
     @property
     def name(self) -> str:
@@ -59,6 +74,23 @@ class Case:
         rivals = [Entrant(name, "rival", run, self.exact) for name, run in self.rivals.items()]
         yardsticks = [Entrant(name, "yardstick", run, in_float64(run)) for name, run in self.yardsticks.items()]
         return [Entrant("ours", "ours", self.ours, self.exact), *rivals, *yardsticks]
+
+    def weighed(self) -> "tuple[Case, ...]":
+        """The cases whose peak memory is reported with this one."""
+        return (self,)
+
+    def counted(self) -> Cost:
+        """The cost, which some cases can tell only by running."""
+        return self.cost
+
+    def facts(self) -> dict[str, Any]:
+        """What else to tell about the case, ready for JSON."""
+        return {}
+
+    def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
+        """Whether the results are right: those of every implementation are asked before it is timed."""
+        wrong_by, allowed = error(results, exact), TOLERANCE[self.dtype]
+        return Verdict(wrong_by, "" if wrong_by <= allowed else f"wrong by {wrong_by:.1e}, allowed is {allowed:.0e}")
 
     def fresh(self, inputs: Inputs) -> Inputs:
         """Inputs for one run. A copied input that requires grad is an activation, no longer a leaf."""
@@ -92,11 +124,30 @@ def in_float64(run: Run) -> Run:
 
 
 def _double(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_double, value))
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).double()
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value
+
+
+def error(results: Results, exact: Results) -> float:
+    """Largest error of an element, relative to it, or to the mean magnitude of its tensor where that is larger."""
+    if len(results) != len(exact):
+        return float("inf")
+    return max(_error(result, truth) for result, truth in zip(results, exact, strict=True))
+
+
+def _error(result: Tensor | None, exact: Tensor | None) -> float:
+    if result is None or exact is None or result.shape != exact.shape:
+        return float("inf")
+    result, exact = result.detach(), exact.detach().double()
+    magnitude = exact.abs()
+    smallest = torch.finfo(result.dtype).tiny  # where the truth is 0
+    relative = (result - exact).abs_() / magnitude.clamp_(min=max(magnitude.mean().item(), smallest))
+    return relative.nan_to_num_(nan=float("inf"), posinf=float("inf")).max().item()
 
 
 def normal(

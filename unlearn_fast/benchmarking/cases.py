@@ -8,7 +8,7 @@ from torch import Tensor
 
 import unlearn_fast
 from unlearn_fast import reference
-from unlearn_fast.benchmarking import rivals
+from unlearn_fast.benchmarking import fisher, rivals
 from unlearn_fast.benchmarking.case import (
     Case,
     Cost,
@@ -20,7 +20,6 @@ from unlearn_fast.benchmarking.case import (
     in_float64,
     normal,
 )
-from unlearn_fast.benchmarking.gpt import GPT, forward_flops, next_token_losses
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -39,7 +38,7 @@ def smallest() -> list[Case]:
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
         flat_loss(2, 9, 1000),
-        diagonal_fisher(batches=2, B=2, T=8, width=16, layers=1, vocabulary=50),
+        *fisher.smallest(),
     ]
 
 
@@ -58,7 +57,7 @@ def full() -> list[Case]:
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
         flat_loss(4, 65, 32_000),
-        diagonal_fisher(batches=8, B=8, T=128, width=256, layers=3, vocabulary=1024),
+        *fisher.full(),
     ]
 
 
@@ -67,8 +66,9 @@ def operators() -> list[str]:
 
 
 def find(name: str) -> Case:
-    """The case of that name."""
-    return next(case for case in smallest() + full() if case.name == name)
+    """The case of that name, those whose memory is measured with another included."""
+    listed = smallest() + full()
+    return next(case for case in [*listed, *(w for case in listed for w in case.weighed())] if case.name == name)
 
 
 def token_logprobs(N: int, V: int, dtype: torch.dtype, *, inplace: bool = False) -> Case:
@@ -280,42 +280,3 @@ def _answer(B: int, T: int, V: int, generator: torch.Generator) -> tuple[Tensor,
     labels = torch.randint(V, (B, T), generator=generator)
     labels[:, : T // 4] = -100
     return normal(generator, B, T, V, requires_grad=True), labels
-
-
-def diagonal_fisher(*, batches: int, B: int, T: int, width: int, layers: int, vocabulary: int) -> Case:
-    """A pre-norm GPT with tied embeddings."""
-    return Case(
-        operator="diagonal_fisher",
-        shape=f"GPT d {width}, {layers} layers, V {vocabulary}; {batches} batches of [{B}, {T}]",
-        dtype=FLOAT32,
-        inputs=lambda g: {
-            "model": _model(vocabulary, width, layers, T, g),
-            "batches": list(torch.randint(vocabulary, (batches, B, T), generator=g)),
-        },
-        ours=_ours_fisher,
-        exact=in_float64(_over_batches(rivals.one_example_fisher)),
-        rivals={"one-example loop": _over_batches(rivals.one_example_fisher)},
-        yardsticks={
-            "ordinary forward, backward": _over_batches(rivals.ordinary_gradients),
-            "released batch form": _over_batches(rivals.released_fisher),
-        },
-        cost=Cost(
-            "matrix products of the forward and of two in the backward",
-            flops=3 * batches * forward_flops(vocabulary, width, layers, B, T),
-        ),
-    )
-
-
-def _model(vocabulary: int, width: int, layers: int, positions: int, generator: torch.Generator) -> GPT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
-        return GPT(vocabulary, width, layers, heads=max(1, width // 64), positions=positions)
-
-
-def _ours_fisher(x: Inputs) -> Results:
-    importance = unlearn_fast.diagonal_fisher(x["model"], x["batches"], next_token_losses, progress=False)
-    return tuple(importance.values())
-
-
-def _over_batches(function: Callable[..., Results]) -> Run:
-    return lambda x: function(x["model"], x["batches"], next_token_losses)

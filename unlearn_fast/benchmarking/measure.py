@@ -3,6 +3,7 @@
 import gc
 import statistics
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,13 +13,11 @@ import torch
 from torch import Tensor
 
 from unlearn_fast.benchmarking import memory
-from unlearn_fast.benchmarking.case import Case, Inputs, Results, Run
+from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
+BUDGET = 30.0  # seconds of an implementation after which it sits out the rounds left, once it has been in one
 GEMM = 1536  # the square float32 matrix product whose rate is the ceiling of work that is counted in FLOPs
-
-# A wrong result is off by about 1; rounding by far less than this. `unlearn_fast verify` tells how accurate we are.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass
@@ -26,16 +25,23 @@ class Timing:
     """One implementation in one case."""
 
     name: str
-    kind: str  # "ours", "rival" or "yardstick"
-    error: float | None = None  # largest error of the results on the timed inputs, see `error`
+    kind: str  # "ours", "rival", "library" or "yardstick"
+    error: float | None = None  # largest error of the results on the timed inputs, see `Case.verdict`
+    missing: float = 0.0  # share of the values that it does not give
     seconds: list[float] = field(default_factory=list)  # one a round
-    peak_bytes: int | None = None  # memory beyond the inputs; None where the system does not tell
+    peaks: list[int | None] = field(default_factory=list)  # memory beyond the inputs, one for each of `Case.weighed`
     failure: str = ""  # why it was not timed
     wrong: bool = False  # because its results were wrong
+    note: str = ""
 
     @property
     def median(self) -> float | None:
         return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Memory beyond the inputs; None where the system does not tell."""
+        return self.peaks[0] if self.peaks else None
 
 
 @dataclass
@@ -49,46 +55,66 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether ours could not be timed, or any result was wrong."""
-        return bool(self.timings[0].failure) or any(timing.wrong for timing in self.timings)
+        """Whether ours could not be timed, or any result but another library's was wrong."""
+        return bool(self.timings[0].failure) or any(t.wrong and t.kind != "library" for t in self.timings)
+
+    @property
+    def baseline(self) -> Timing:
+        """Whose time is the unit of the report."""
+        return next((timing for timing in self.timings if timing.name == self.case.baseline), self.timings[0])
 
     def ratio(self, timing: Timing) -> float | None:
         """Its time over ours."""
-        ours = self.timings[0].median
-        return timing.median / ours if timing.median and ours else None
+        return _ratio(timing, self.timings[0])
+
+    def over_baseline(self, timing: Timing) -> float | None:
+        """Its time over the baseline's."""
+        return _ratio(timing, self.baseline)
 
     def share(self, timing: Timing) -> float | None:
         """Of the ceiling. The cost is that of the operator, so a yardstick has none."""
         return self.ceiling / timing.median if timing.median and timing.kind != "yardstick" else None
 
 
+def _ratio(timing: Timing, unit: Timing) -> float | None:
+    return timing.median / unit.median if timing.median and unit.median else None
+
+
 def measure(case: Case, *, cold: bool = True) -> Outcome:
     """Checks, times and weighs every implementation of a case; with `cold`, the caches are emptied before each run."""
     torch.compiler.reset()  # each case has its own shapes, and torch compiles a function for a few of them only
     inputs, truths = make_inputs(case), cache(lambda exact: exact(case.fresh(inputs)))
-    timings, runs = [], {}
+    timings: dict[str, Timing] = {}
+    right: dict[str, Entrant] = {}
     for entrant in case.entrants():
-        timing = Timing(entrant.name, entrant.kind)
-        timings.append(timing)
+        timing = timings[entrant.name] = Timing(entrant.name, entrant.kind)
         try:
-            timing.error = error(entrant.run(case.fresh(inputs)), truths(entrant.exact))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                results = entrant.run(case.fresh(inputs))
+            told = entrant.kind == "ours" and not entrant.less
+            timing.note = "; ".join(str(w.message) for w in caught) if told else ""
+            verdict = case.verdict(entrant, results, truths(entrant.exact))
+            del results
         except Exception as failure:  # a rival that cannot run here (no compiler, say) is part of the outcome
             timing.failure = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
             continue
-        timing.wrong = timing.error > TOLERANCE[case.dtype]
-        if timing.wrong:
-            timing.failure = f"wrong by {timing.error:.1e}, allowed is {TOLERANCE[case.dtype]:.0e}"
-        else:
-            runs[entrant.name] = entrant.run
+        timing.error, timing.failure, timing.missing = verdict.error, verdict.failure, verdict.missing
+        timing.note = timing.note or verdict.note
+        timing.wrong = bool(verdict.failure)
+        if not timing.wrong:
+            right[entrant.name] = entrant
     truths.cache_clear()
-    work, runs["ceiling"] = _ceiling(case)
-    seconds = _take_turns(case, inputs, runs, cold)
-    for timing in timings:
-        timing.seconds = seconds.get(timing.name, [])
-        if timing.seconds:
-            timing.peak_bytes = memory.peak_bytes(case.name, timing.name)
-    rate = work / statistics.median(seconds["ceiling"])
-    return Outcome(case, timings, (case.cost.flops or case.cost.bytes) / rate, rate)
+    work, ceiling = _ceiling(case)
+    runs = {name: entrant.run for name, entrant in right.items()}
+    seconds = _take_turns(case, inputs, runs | {"ceiling": ceiling}, cold)
+    for name, entrant in right.items():
+        less = seconds.get(entrant.less, [0.0] * ROUNDS)
+        timings[name].seconds = [(own - other) / entrant.units for own, other in zip(seconds[name], less, strict=False)]
+        if not entrant.less:
+            timings[name].peaks = [memory.peak_bytes(weighed.name, name) for weighed in case.weighed()]
+    rate, cost = work / statistics.median(seconds["ceiling"]), case.counted()
+    return Outcome(case, list(timings.values()), (cost.flops or cost.bytes) / rate, rate)
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -96,29 +122,16 @@ def make_inputs(case: Case) -> Inputs:
     return case.inputs(torch.Generator().manual_seed(zlib.crc32(case.name.encode())))
 
 
-def error(results: Results, exact: Results) -> float:
-    """Largest error of an element, relative to it, or to the mean magnitude of its tensor where that is larger."""
-    if len(results) != len(exact):
-        return float("inf")
-    return max(_error(result.detach(), truth.detach().double()) for result, truth in zip(results, exact, strict=True))
-
-
-def _error(result: Tensor, exact: Tensor) -> float:
-    if result.shape != exact.shape:
-        return float("inf")
-    magnitude = exact.abs()
-    smallest = torch.finfo(result.dtype).tiny  # where the truth is 0
-    relative = (result - exact).abs_() / magnitude.clamp_(min=max(magnitude.mean().item(), smallest))
-    return relative.nan_to_num_(nan=float("inf"), posinf=float("inf")).max().item()
-
-
 def _take_turns(case: Case, inputs: Inputs, runs: dict[str, Run], cold: bool) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
     gc.collect()
     gc.disable()
     try:
         for turn in range(-WARM_UP, ROUNDS):
             for name, run in runs.items():
+                if spent[name] > BUDGET and seconds[name]:
+                    continue
                 prepared = case.fresh(inputs)
                 if cold:
                     _last_level_cache().sum()
@@ -126,6 +139,7 @@ def _take_turns(case: Case, inputs: Inputs, runs: dict[str, Run], cold: bool) ->
                 results = run(prepared)
                 end = time.perf_counter()
                 del results, prepared
+                spent[name] += end - start
                 if turn >= 0:
                     seconds[name].append(end - start)
     finally:
@@ -135,11 +149,12 @@ def _take_turns(case: Case, inputs: Inputs, runs: dict[str, Run], cold: bool) ->
 
 def _ceiling(case: Case) -> tuple[int, Run]:
     """The work, in FLOPs or bytes, and the run, of this machine's own product or copy."""
-    if case.cost.flops:
+    cost = case.counted()
+    if cost.flops:
         a, b = torch.rand(2, GEMM, GEMM)
         product = torch.zeros(GEMM, GEMM)
         return 2 * GEMM**3, lambda _: (torch.mm(a, b, out=product),)
-    source = torch.rand(max(1, case.cost.bytes // 2 // 4))  # one half is read, one written
+    source = torch.rand(max(1, cost.bytes // 2 // 4))  # one half is read, one written
     target = source.clone()
     return 2 * source.nbytes, lambda _: (target.copy_(source),)
 

@@ -12,6 +12,7 @@ from unlearn_fast.benchmarking.measure import Outcome
 KINDS = {
     "ours": ("#2a6fbb", "ours"),
     "rival": ("#b9bec6", "others, the same work"),
+    "library": ("#8d949f", "other libraries, the same work"),
     "yardstick": ("#e3c48d", "other work, for scale"),
 }
 

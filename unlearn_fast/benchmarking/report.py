@@ -5,26 +5,37 @@ from typing import Any
 import torch
 
 from unlearn_fast import info
-from unlearn_fast.benchmarking import measure
+from unlearn_fast.benchmarking import fisher_report, fisher_rivals, measure
+from unlearn_fast.benchmarking.fisher import FisherCase
 from unlearn_fast.benchmarking.measure import Outcome, Timing
 
 
 def text(outcomes: list[Outcome]) -> str:
     """One block of lines a case."""
+    fishers = [outcome for outcome in outcomes if isinstance(outcome.case, FisherCase)]
+    others = [outcome for outcome in outcomes if outcome not in fishers]
     lines = [
-        f"median of {measure.ROUNDS} rounds, {torch.get_num_threads()} threads;"
-        " ratio: time over ours; extra memory: peak beyond the inputs;",
-        "ceiling: share of what this machine's copy, or float32 matrix product, reaches on the same cost;"
-        " (other work): timed for scale, not a rival",
+        f"median of {measure.ROUNDS} rounds, fewer for what takes over {measure.BUDGET:.0f} s;"
+        f" {torch.get_num_threads()} threads"
     ]
-    for outcome in outcomes:
-        unit = "GFLOP/s" if outcome.case.cost.flops else "GB/s"
+    if others:
+        lines += [
+            "ratio: time over ours; extra memory: peak beyond the inputs;",
+            "ceiling: share of what this machine's copy, or float32 matrix product, reaches on the same cost;"
+            " (other work): timed for scale, not a rival",
+        ]
+    for outcome in others:
+        unit = "GFLOP/s" if outcome.case.counted().flops else "GB/s"
         lines += [
             "",
             f"{outcome.case.name}  (ceiling {outcome.ceiling * 1e3:.3g} ms at {outcome.rate / 1e9:.3g} {unit})",
         ]
         rows = [_row(outcome, timing) for timing in outcome.timings]
         lines += [f"  {line}" for line in info.table(("", f"{'ms':>9}", "ratio", "extra memory", "ceiling"), rows)]
+    if fishers:
+        lines += ["", fisher_report.EXPLAINED]
+    for outcome in fishers:
+        lines += ["", *fisher_report.table(outcome)]
     return "\n".join(lines)
 
 
@@ -46,18 +57,20 @@ def as_json(outcomes: list[Outcome], command: str) -> dict[str, Any]:
     """Everything that is needed to judge the numbers, and every round's time."""
     rates: dict[str, list[float]] = {}
     for outcome in outcomes:
-        unit = "gemm_flops_per_second" if outcome.case.cost.flops else "copy_bytes_per_second"
+        unit = "gemm_flops_per_second" if outcome.case.counted().flops else "copy_bytes_per_second"
         rates.setdefault(unit, []).append(outcome.rate)
     return {
         "command": command,
-        "versions": info.versions(),
+        "versions": info.versions() | fisher_rivals.versions(),
         "machine": info.machine() | {"last_level_cache_bytes": measure.last_level_cache_bytes()},
         "method": {
             "statistic": "median of the rounds; ratio of medians to ours",
             "order": "one process, the implementations take turns",
             "rounds": measure.ROUNDS,
+            "budget_seconds": measure.BUDGET,
             "warm_up_rounds": measure.WARM_UP,
-            "error": "largest, relative to the float64 element or to the mean magnitude of its tensor",
+            "error": "largest, relative to the float64 element or to the mean magnitude of its tensor;"
+            " of diagonal_fisher, of a parameter's importance in norm",
             "ceiling": f"a copy of the same bytes, or a float32 matrix product of size {measure.GEMM}, timed in turn",
             "peak_bytes": "resident memory at its highest less that before the run, in a process of its own",
         },
@@ -73,7 +86,9 @@ def _case_as_json(outcome: Outcome) -> dict[str, Any]:
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
         "variant": case.variant,
-        "cost": case.cost._asdict(),
+        "cost": case.counted()._asdict(),
+        "baseline": outcome.baseline.name,
+        **case.facts(),
         "ceiling_ms": outcome.ceiling * 1e3,
         "timings": [
             {
@@ -81,10 +96,14 @@ def _case_as_json(outcome: Outcome) -> dict[str, Any]:
                 "kind": timing.kind,
                 "ms": timing.median and timing.median * 1e3,
                 "ratio": outcome.ratio(timing),
+                "over_baseline": outcome.over_baseline(timing),
                 "share_of_ceiling": outcome.share(timing),
                 "peak_bytes": timing.peak_bytes,
+                "peaks_bytes": timing.peaks,
                 "error": timing.error if timing.error != float("inf") else None,  # JSON has no infinity
+                "missing": timing.missing,
                 "failure": timing.failure,
+                "note": timing.note,
                 "rounds_ms": [seconds * 1e3 for seconds in timing.seconds],
             }
             for timing in outcome.timings

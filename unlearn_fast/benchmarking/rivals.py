@@ -1,10 +1,7 @@
 """The formulations that the operators replace: what people write in plain torch, and what released code does."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 
@@ -91,35 +88,3 @@ def _mean_probability(logits: Tensor, labels: Tensor) -> Tensor:  # [B, T, V], [
         p = row.softmax(-1).gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         means.append((p * labelled).mean())
     return torch.stack(means).mean()
-
-
-Losses = Callable[[nn.Module, Any], Tensor]
-
-
-def one_example_fisher(model: nn.Module, batches: Sequence[Tensor], losses: Losses) -> tuple[Tensor, ...]:
-    """The definition: the square of every single example's gradient, in the order of `model.parameters()`."""
-    parameters = list(model.parameters())
-    sums = [torch.zeros_like(p) for p in parameters]
-    for batch in batches:
-        for example in batch.split(1):
-            for total, grad in zip(sums, torch.autograd.grad(losses(model, example).sum(), parameters), strict=True):
-                total += grad.square()
-    return tuple(total / sum(map(len, batches)) for total in sums)
-
-
-def released_fisher(model: nn.Module, batches: Sequence[Tensor], losses: Losses) -> tuple[Tensor, ...]:
-    """The released SSD code's importance: the square of each batch's mean gradient, which is another quantity."""
-    parameters = list(model.parameters())
-    sums = [torch.zeros_like(p) for p in parameters]
-    for batch in batches:
-        for total, grad in zip(sums, torch.autograd.grad(losses(model, batch).mean(), parameters), strict=True):
-            total += grad.square()
-    return tuple(total / len(batches) for total in sums)
-
-
-def ordinary_gradients(model: nn.Module, batches: Sequence[Tensor], losses: Losses) -> tuple[Tensor, ...]:
-    """One ordinary forward and backward a batch, as in training without the optimiser; the last batch's gradients."""
-    parameters = list(model.parameters())
-    for batch in batches:
-        gradients = torch.autograd.grad(losses(model, batch).mean(), parameters)
-    return gradients

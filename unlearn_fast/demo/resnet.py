@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-# The last stage keeps its resolution: an 8x8 digit would otherwise reach it as a single pixel, where eight of the nine
-# taps of every 3x3 kernel only ever see padding, never receive a gradient, and so could never be dampened.
+# For digits. The last stage keeps its resolution: an 8x8 digit would otherwise reach it as a single pixel, where eight
+# of the nine taps of every 3x3 kernel only ever see padding, never receive a gradient, and so could never be dampened.
 STRIDES = (1, 2, 2, 1)
 
 
@@ -28,21 +28,23 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Logits [B, classes] of images [B, 1, H, W]; `width` is the number of channels of the first stage."""
+    """Logits [B, classes] of images [B, channels, H, W]; `width` is the number of channels of the first stage."""
 
-    def __init__(self, width: int = 64, classes: int = 10) -> None:
+    def __init__(
+        self, width: int = 64, classes: int = 10, channels: int = 1, strides: tuple[int, ...] = STRIDES
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         stages: list[nn.Module] = []
         channels = width
-        for depth, stride in enumerate(STRIDES):
+        for depth, stride in enumerate(strides):
             out = width << depth
             stages.append(nn.Sequential(BasicBlock(channels, out, stride), BasicBlock(out, out, 1)))
             channels = out
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 1, H, W] -> [B, classes]
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes]
         features = self.stages(self.bn(self.stem(x)).relu())
         return self.head(features.mean((2, 3)))

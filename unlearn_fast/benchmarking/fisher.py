@@ -1,0 +1,226 @@
+"""The Fisher benchmark: the exact diagonal of whole models, in units of one ordinary forward and backward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import unlearn_fast
+from unlearn_fast.benchmarking import fisher_rivals, models
+from unlearn_fast.benchmarking.case import Case, Cost, Entrant, Inputs, Results, Run, Verdict, in_float64
+from unlearn_fast.benchmarking.fisher_rivals import Losses
+from unlearn_fast.benchmarking.gpt import GPT, next_token_losses
+
+# Of a parameter's importance, in norm: rounding is below it, and every mistake seen is far above.
+TOLERANCE = 1e-5
+# In large networks rounding moves a few ReLU inputs across zero, where the gradient jumps: even the ordinary float32
+# gradient of one batch of the ResNet-18 is off by 2e-3 there. Its small version keeps to the strict tolerance.
+KINKED = 1e-2
+FIRST = "ours, with the first batch's check"
+BASELINE = "ordinary forward, backward"
+LIBRARIES = ("BackPACK", "opacus")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured, as it is described, built and fed."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int, torch.Generator], Any]
+    losses: Losses
+    chunk: int  # examples that torch.func takes at once: the fastest power of 2 on the machine of the record
+    tolerance: float = TOLERANCE
+
+
+def _images(size: int, classes: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    images = torch.randn(B, 3, size, size, generator=generator)
+    return images, torch.randint(classes, (B,), generator=generator)
+
+
+def _vectors(size: int, classes: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return torch.randn(B, size, generator=generator), torch.randint(classes, (B,), generator=generator)
+
+
+def _mlp(*widths: int, chunk: int = 1) -> Model:
+    name = f"MLP {'-'.join(map(str, widths))}"
+    batch = partial(_vectors, widths[0], widths[-1])
+    return Model(name, partial(models.mlp, *widths), batch, unlearn_fast.classification_losses, chunk)
+
+
+def _vit(image: int, patch: int, width: int, layers: int, heads: int, classes: int = 10, chunk: int = 1) -> Model:
+    name = f"ViT {image}x{image}, patch {patch}, d {width}, {layers} layers"
+    build = partial(models.ViT, image, patch, width, layers, heads, classes)
+    return Model(name, build, partial(_images, image, classes), unlearn_fast.classification_losses, chunk)
+
+
+def _resnet18(width: int, image: int, tolerance: float = TOLERANCE) -> Model:
+    name = f"ResNet-18 {image}x{image}" + (f", width {width}" if width != 64 else "")
+    build = partial(models.resnet18, width, image)
+    return Model(name, build, partial(_images, image, 10), unlearn_fast.classification_losses, 1, tolerance)
+
+
+def _gpt(vocabulary: int, width: int, layers: int, T: int, chunk: int = 1) -> Model:
+    name = f"GPT d {width}, {layers} layers, V {vocabulary}, T {T}"
+    build = partial(GPT, vocabulary, width, layers, max(1, width // 64), T)
+    return Model(name, build, lambda B, g: torch.randint(vocabulary, (B, T), generator=g), next_token_losses, chunk)
+
+
+SMALLEST = (_mlp(12, 16, 16, 4), _vit(8, 4, 16, 1, 2), _gpt(50, 16, 1, 8), _resnet18(4, 8))
+MLP = _mlp(784, 1024, 1024, 10, chunk=4)
+VIT_32 = _vit(32, 4, 192, 6, 3, chunk=4)
+VIT_224 = _vit(224, 16, 192, 12, 3, classes=1000, chunk=4)  # ViT-Ti/16
+GPT_512 = _gpt(8192, 512, 6, 128, chunk=4)
+RESNET_18 = _resnet18(64, 32, tolerance=KINKED)
+
+
+def smallest() -> list[Case]:
+    return [case(model, B=3, batches=2) for model in SMALLEST]
+
+
+def full() -> list[Case]:
+    return [
+        case(MLP, B=256, batches=8),
+        case(VIT_32, B=16, batches=8),
+        case(VIT_224, B=8, batches=4),
+        case(GPT_512, B=8, batches=4),
+        case(RESNET_18, B=32, batches=4),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherCase(Case):
+    """A model and some batches. Ours is timed with its one-time check of the first batch, and without."""
+
+    model: Model
+    B: int
+    batches: int
+
+    def entrants(self) -> list[Entrant]:
+        K = self.batches
+        further = Entrant("ours, each further batch", "ours", _twice(self.ours), self.exact, units=K, less=FIRST)
+        others = [
+            e._replace(units=K, kind="library" if e.name.startswith(LIBRARIES) else e.kind)
+            for e in super().entrants()[1:]
+        ]
+        return [Entrant(FIRST, "ours", self.ours, self.exact, units=K), further, *others]
+
+    def weighed(self) -> tuple[Case, ...]:
+        """Two batches show the peak; with twice the examples they show what it depends on."""
+        return case(self.model, B=self.B, batches=2), case(self.model, B=2 * self.B, batches=2)
+
+    def counted(self) -> Cost:
+        return self.cost._replace(flops=_ordinary_flops(self.model, self.B))
+
+    def facts(self) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in _on_meta(self.model).parameters())
+        return {
+            "tolerance": self.model.tolerance,
+            "batch_size": self.B,
+            "batches": self.batches,
+            "parameters": parameters,
+            "importance_bytes": 4 * parameters,
+            "weighed_batch_sizes": [self.B, 2 * self.B],
+        }
+
+    def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
+        """Every parameter's importance must be right; another library may give those of some parameters only."""
+        model = _on_meta(self.model)
+        sizes = [p.numel() for p in model.parameters()]
+        if len(results) != len(sizes):
+            return Verdict(float("inf"), f"gives {len(results)} results for {len(sizes)} parameters")
+        errors = [None if r is None else _relative_error(r, e) for r, e in zip(results, exact, strict=True)]
+        missing = [i for i, error in enumerate(errors) if error is None]
+        wrong = [i for i, error in enumerate(errors) if error is not None and not error <= self.model.tolerance]
+        missing_share, wrong_share = (sum(sizes[i] for i in chosen) / sum(sizes) for chosen in (missing, wrong))
+        failure = ""
+        if wrong:
+            failure = f"wrong in {wrong_share:.1%} of the parameters: {_listed(model, wrong)}"
+        elif missing and (entrant.kind != "library" or len(missing) == len(sizes)):
+            failure = "incomplete"
+        note = f"without {_listed(model, missing)}" if missing else ""
+        worst = max((error for error in errors if error is not None), default=float("inf"))
+        return Verdict(worst, failure, missing_share, note)
+
+
+def case(model: Model, *, B: int, batches: int) -> FisherCase:
+    vmap = partial(fisher_rivals.vmap_fisher, chunk=model.chunk)
+    return FisherCase(
+        model=model,
+        B=B,
+        batches=batches,
+        operator="diagonal_fisher",
+        shape=f"{model.name}; {batches} batches of {B}",
+        dtype=torch.float32,
+        inputs=partial(_inputs, model, B, batches),
+        ours=_run(_ours, model.losses),
+        exact=in_float64(_run(fisher_rivals.one_example_fisher, model.losses)),
+        rivals={
+            "one-example loop": _run(fisher_rivals.one_example_fisher, model.losses),
+            f"torch.func vmap(grad), {model.chunk} at once": _run(vmap, model.losses),
+            "BackPACK SumGradSquared": _run(fisher_rivals.backpack_fisher, model.losses),
+            "opacus, squared": _run(fisher_rivals.opacus_fisher, model.losses),
+        },
+        yardsticks={
+            "released form (another quantity)": _run(fisher_rivals.released_fisher, model.losses),
+            BASELINE: _run(fisher_rivals.ordinary_gradients, model.losses),
+        },
+        baseline=BASELINE,
+        cost=Cost("matrix products of one ordinary forward and backward"),
+    )
+
+
+def _inputs(model: Model, B: int, batches: int, generator: torch.Generator) -> Inputs:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        built = model.build()
+    return {"model": built, "batches": [model.batch(B, generator) for _ in range(batches)]}
+
+
+def _run(function: Callable[..., Results], losses: Losses) -> Run:
+    return lambda x: function(x["model"], x["batches"], losses)
+
+
+def _ours(model: nn.Module, batches: list[Any], losses: Losses) -> Results:
+    return tuple(unlearn_fast.diagonal_fisher(model, batches, losses, progress=False).values())
+
+
+def _twice(run: Run) -> Run:
+    """The batches one more time: the mean stays what it is."""
+    return lambda x: run({**x, "batches": x["batches"] * 2})
+
+
+@cache
+def _on_meta(model: Model) -> nn.Module:
+    """The model without memory."""
+    with torch.device("meta"):
+        return model.build()
+
+
+@cache
+def _ordinary_flops(model: Model, B: int) -> int:
+    batch = model.batch(B, torch.Generator())
+    batch = batch.to("meta") if isinstance(batch, Tensor) else tuple(tensor.to("meta") for tensor in batch)
+    with FlopCounterMode(display=False) as counter:
+        fisher_rivals.ordinary_gradients(_on_meta(model), [batch], model.losses)
+    return counter.get_total_flops()
+
+
+def _listed(model: nn.Module, chosen: list[int]) -> str:
+    """Names of parameters, or in short the type of their module where all parameters of such modules are chosen."""
+    names = [name for name, _ in model.named_parameters()]
+    short = [f"{type(model.get_submodule(n.rpartition('.')[0])).__name__}.{n.rpartition('.')[2]}" for n in names]
+    rest = {short[i] for i in range(len(names)) if i not in chosen}
+    return ", ".join(dict.fromkeys(names[i] if short[i] in rest else short[i] for i in chosen))
+
+
+def _relative_error(result: Tensor, exact: Tensor | None) -> float:
+    """In norm, which no single tiny element decides."""
+    if exact is None or result.shape != exact.shape:
+        return float("inf")
+    difference, size = float((result.detach().double() - exact).norm()), float(exact.norm())
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
