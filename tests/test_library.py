@@ -18,6 +18,7 @@ PACKAGE = Path(unlearn_fast.__file__).parent
 TESTS = Path(__file__).parent
 IN_PLACE = {  # operator -> the arguments that it writes
     "token_logprobs_backward_": ["logits"],
+    "sum_grad_squared_conv_": ["out", "first"],
     "sum_grad_squared_linear_": ["out", "first"],
     "dampen_": ["params"],
 }
@@ -56,7 +57,10 @@ def test_opcheck(name):
         torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("name", ["dampen_", "linear_token_logprobs", "sum_grad_squared_linear_", "token_logprobs"])
+@pytest.mark.parametrize(
+    "name",
+    ["dampen_", "linear_token_logprobs", "sum_grad_squared_conv_", "sum_grad_squared_linear_", "token_logprobs"],
+)
 def test_references_have_the_same_arguments(name):
     """Same names in the same order, and the same defaults where the reference uses the argument."""
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (unlearn_fast, reference))
@@ -141,6 +145,7 @@ with warnings.catch_warnings(record=True) as caught:
         unlearn_fast.token_logprobs(x * 1, labels, inplace_backward=True).sum().backward()
         unlearn_fast.linear_token_logprobs(x, weight, labels).sum().backward()
         unlearn_fast.sum_grad_squared_linear_(torch.zeros(5, 5), x, x)
+        unlearn_fast.sum_grad_squared_conv_(torch.zeros(5, 5, 3), x[..., None], x[..., None], padding=1)
         unlearn_fast.dampen_([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], alpha=1.0)
 print(json.dumps({
     "file": unlearn_fast.__file__, "missing": _library.missing, "native": _library.native is not None,

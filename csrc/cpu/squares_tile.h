@@ -71,9 +71,11 @@ class Workspace {
 };
 
 // Packs 64 bytes of positions, which lie one after another, of `count` <= width columns: panel[t][width], zeros beyond
-// the last column.
+// the last column. For AVX-512 alone: two-operand permutations of vectors.
 template <class C>
 constexpr int64_t transposed = 64 / sizeof(C);
+template <int64_t width, class C>
+constexpr bool transposes = width == 12 || width * sizeof(C) == 128;
 
 template <int64_t width, class T>
 UNLEARN_INLINE void pack_transposed(const T* source, int64_t stride_c, int64_t count, compute_t<T>* panel) {
@@ -93,7 +95,9 @@ UNLEARN_INLINE void pack_transposed(const T* source, int64_t stride_c, int64_t c
       } else if constexpr (std::is_same_v<T, C>) {
         rows[c] = *reinterpret_cast<const V*>(column);
       } else {
-        for (int t = 0; t < N; ++t) rows[c][t] = load(column[t]);
+        C values[N];
+        for (int t = 0; t < N; ++t) values[t] = load(column[t]);
+        rows[c] = *reinterpret_cast<const V*>(values);
       }
     }
 #pragma GCC unroll 4
@@ -128,9 +132,12 @@ UNLEARN_INLINE void pack(
   using C = compute_t<T>;
   if (std::abs(stride_t) < std::abs(stride_c)) {
     for (int64_t c0 = 0; c0 < count; c0 += width, panel += strip) {
-      const int64_t whole = stride_t == 1 ? T_ / transposed<C> * transposed<C> : 0;
-      for (int64_t t = 0; t < whole; t += transposed<C>) {
-        pack_transposed<width>(source + c0 * stride_c + t, stride_c, std::min(width, count - c0), panel + t * width);
+      int64_t whole = 0;
+      if constexpr (transposes<width, C>) {
+        whole = stride_t == 1 ? T_ / transposed<C> * transposed<C> : 0;
+        for (int64_t t = 0; t < whole; t += transposed<C>) {
+          pack_transposed<width>(source + c0 * stride_c + t, stride_c, std::min(width, count - c0), panel + t * width);
+        }
       }
       for (int64_t c = 0; c < width; ++c) {
         const T* column = source + (c0 + c) * stride_c;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/squares_tensors.h"
+#include "cpu/sum_grad_squared_depthwise.h"
 
 namespace unlearn {
 namespace {
@@ -51,18 +52,36 @@ int64_t tile_strips(int64_t K, int64_t NR) {
 }
 
 template <class T>
+void add_depthwise(Convolution<T> q) {
+  using C = compute_t<T>;
+  const Box box = q.boxes.largest(q.axes);
+  const int64_t region = packed_positions(q.axes, box.count), NR = strip_columns<C>();
+  q.together = std::max<int64_t>(1, std::min(TILE_T / box.positions(), REGION / region));
+  const int64_t tasks = (q.groups + NR - 1) / NR * q.out_channels;
+  const int64_t work = q.B * q.axes[0].out * q.axes[1].out * q.axes[2].out * q.axes[3].out * q.K * NR;
+  torch::stable::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
+    Workspace<C> workspace(q.together * region * NR, TILE_T * NR, q.K, NR);
+    for (int64_t task = begin; task < end; ++task) {
+      on_best_simd(DepthwiseWork<T>{q, task / q.out_channels * NR, task % q.out_channels, workspace});
+    }
+  });
+}
+
+template <class T>
 void add_squares(Convolution<T> q) {
   using C = compute_t<T>;
   const int64_t NR = strip_columns<C>(), channel_strips = (q.in_channels + NR - 1) / NR;
   const int64_t positions = q.axes[0].out * q.axes[1].out * q.axes[2].out * q.axes[3].out, work = q.B * positions;
   const int64_t g_size = TILE_T * (TILE_O + 16);
 
+  if (q.in_channels == 1 && q.groups > 1 && cut(q.axes, TILE_T, REGION, q.boxes)) return add_depthwise(q);
+
   // Multiplying straight from the image pays where channels fill the strips, and where the packed part of the image is
   // smaller than what is unfolded from it.
   bool from_image = 3 * q.in_channels >= 2 * channel_strips * NR && cut(q.axes, TILE_T, REGION, q.boxes);
   int64_t region = 0;
   if (from_image) {
-    const Box box = q.boxes.box(q.axes, q.boxes.number() - 1);  // the largest
+    const Box box = q.boxes.largest(q.axes);
     region = packed_positions(q.axes, box.count);
     from_image = region <= q.K * box.positions();
   }

@@ -53,7 +53,7 @@ struct Convolution {
       lines[3] *= lines[d];
       lines[d] = 1;
     }
-    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) {
+    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       const T* source = first;
       for (int d = 0; d < AXES; ++d) source += (box.begin[d] + at[d]) * axes[d].g_stride;
       unlearn::pack<width>(
@@ -71,7 +71,7 @@ struct Convolution {
       start[d] = box.begin[d] * axes[d].stride - axes[d].padding;
     }
     const Axis& last = axes[3];
-    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) {
+    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       C* target = panel + line * lines[3] * width;
       const T* source = first;
       bool inside = true;
@@ -117,7 +117,7 @@ struct RegionState {
       size *= axes[d].packed(box.count[d]);
     }
     int32_t* row = rows;
-    for_lines(box.count, [&](int64_t, const int64_t (&at)[AXES]) {
+    for_lines(box.count, [&](int64_t, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       const int64_t line = at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2];
       for (int64_t p = 0; p < box.count[3]; ++p) *row++ = int32_t(line + p * stride[3]);
     });
@@ -221,7 +221,7 @@ struct UnfoldLayer : Convolution<T> {
     const T* x = this->x + b * this->x_b + (group * this->in_channels + column / this->K) * this->x_c;
     const int64_t n = box.count[3];
     const Range range = inside_image(last, start[3], n);
-    for_lines(box.count, [&](int64_t line, const int64_t (&at)[AXES]) {
+    for_lines(box.count, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       C* row = target + line * n * NR;
       const T* source = x + start[3] * last.x_stride;
       bool inside = true;
