@@ -41,11 +41,11 @@ enum class Finish { add, square, absolute };
 template <class C>
 struct Panel {
   const C *a, *g;
-  int64_t T;                       // positions of an example
-  int64_t g_strip;                 // distance of the strips of g
-  int64_t example, examples;       // the examples in the panel
-  int64_t a_example, g_example;    // distance of the examples
-  bool begins = true, ends = true; // whether the positions are the examples' first, and last
+  int64_t T;                        // positions of an example
+  int64_t g_strip;                  // distance of the strips of g
+  int64_t example, examples;        // the examples in the panel
+  int64_t a_example, g_example;     // distance of the examples
+  bool begins = true, ends = true;  // whether the positions are the examples' first, and last
   Finish finish = Finish::square;
 };
 
@@ -242,8 +242,8 @@ UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Work
       for (int64_t o = 0; o < tile.rows; o += MR) {
         const int64_t place = o * stride + j * NR;
         micro_tile<BYTES, MR>(
-            panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(state), moments.weights, w.product + place,
-            w.sum + place, moments.first ? w.first + place : nullptr, stride);
+            panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(state), moments.weights,
+            w.product + place, w.sum + place, moments.first ? w.first + place : nullptr, stride);
       }
     }
   }

@@ -36,8 +36,8 @@ Convolution<T> convolution(
   const int64_t spatial = inputs.dim() - 3;
   for (int64_t d = 0; d < spatial; ++d) {
     q.axes[AXES - spatial + d] = {
-        inputs.size(3 + d), grad_outputs.size(3 + d), out.size(2 + d),        stride[d],
-        padding[d],         dilation[d],              inputs.stride(3 + d), grad_outputs.stride(3 + d)};
+        inputs.size(3 + d), grad_outputs.size(3 + d), out.size(2 + d),           stride[d], padding[d],
+        dilation[d],        inputs.stride(3 + d),     grad_outputs.stride(3 + d)};
     q.K *= out.size(2 + d);
   }
   return q;
@@ -119,7 +119,8 @@ void check(
       "out must be [O, C / groups, *kernel]");
   for (int64_t d = 0; d < spatial; ++d) {
     STD_TORCH_CHECK(
-        stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, "stride and dilation must be positive, padding not below 0");
+        stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1,
+        "stride and dilation must be positive, padding not below 0");
     const int64_t room = inputs.size(3 + d) + 2 * padding[d] - dilation[d] * (out.size(2 + d) - 1) - 1;
     STD_TORCH_CHECK(
         room >= 0 && grad_outputs.size(3 + d) == room / stride[d] + 1,

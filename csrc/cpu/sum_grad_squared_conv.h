@@ -56,8 +56,7 @@ struct Convolution {
     for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       const T* source = first;
       for (int d = 0; d < AXES; ++d) source += (box.begin[d] + at[d]) * axes[d].g_stride;
-      unlearn::pack<width>(
-          source, axes[3].g_stride, stride_c, lines[3], count, strip, panel + line * lines[3] * width);
+      unlearn::pack<width>(source, axes[3].g_stride, stride_c, lines[3], count, strip, panel + line * lines[3] * width);
     });
   }
 

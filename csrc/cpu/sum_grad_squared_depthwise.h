@@ -14,7 +14,8 @@ namespace unlearn {
 // For each example of the panel: [KR, 2 vectors] = sum over t of a[row(t) + offset] * g[t], then the epilogue.
 template <int BYTES, int KR, class C>
 UNLEARN_INLINE void depthwise_micro_tile(
-    const Panel<C>& panel, const int32_t* rows, const int64_t* offsets, const C* weights, C* product, C* sum, C* first) {
+    const Panel<C>& panel, const int32_t* rows, const int64_t* offsets, const C* weights, C* product, C* sum,
+    C* first) {
   typedef C V __attribute__((vector_size(BYTES), aligned(sizeof(C)), may_alias));
   constexpr int lanes = BYTES / sizeof(C);
   const C *a = panel.a, *g = panel.g;

@@ -161,8 +161,8 @@ template <class T>
 struct PackedProducts {
   using C = compute_t<T>;
   struct State {};
-  Moments<C> moments;  // `out` alone; scale and units
-  const C *a, *g;      // [strip][B][columns of a strip]
+  Moments<C> moments;          // `out` alone; scale and units
+  const C *a, *g;              // [strip][B][columns of a strip]
   const C *a_units, *g_units;  // inverse scales, or null
   int64_t B, O, I;
 
