@@ -219,6 +219,16 @@ UNLEARN_INLINE void micro_tile(
   }
 }
 
+// Fetches what the tile's sums will be added to while there still is something to multiply: read at the end, row by
+// row, it would be waited for. Only a hint, so that rows and columns beyond the tile do not matter.
+template <int64_t NR, int64_t MR, class Layer, class C>
+UNLEARN_INLINE void prefetch_rows(const Layer& layer, const Tile& tile, int64_t row, int64_t strip, const C* target) {
+  for (int64_t m = 0; m < std::min(MR, tile.rows - row); ++m) {
+    const C* place = target + layer.row(tile, row + m) + (tile.strip0 + strip) * NR;
+    for (int64_t c = 0; c < NR; c += 64 / sizeof(C)) __builtin_prefetch(place + c, 1, 2);
+  }
+}
+
 // A layer has
 //   moments            what to add to
 //   steps()            how many panels pass a tile
@@ -226,6 +236,7 @@ UNLEARN_INLINE void micro_tile(
 //   pack<NR, MR>(...)  packs one of them, and returns it
 //   rows<NR>(state)    position -> where in a strip of a its row lies
 //   strip<NR>(...)     where in the panel the tile's strip j of a lies
+//   row(tile, row)     where in the output a tile's row begins
 //   write<NR>(...)     adds one row of a tile's sums to the output
 template <int BYTES, int MR, class Layer, class C>
 UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Workspace<C>& w) {
@@ -241,6 +252,10 @@ UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Work
       const C* a = panel.a + layer.template strip<NR>(panel, tile, j, state);
       for (int64_t o = 0; o < tile.rows; o += MR) {
         const int64_t place = o * stride + j * NR;
+        if (step + 1 == layer.steps()) {
+          prefetch_rows<NR, MR>(layer, tile, o, j, moments.out);
+          if (moments.first) prefetch_rows<NR, MR>(layer, tile, o, j, moments.first);
+        }
         micro_tile<BYTES, MR>(
             panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(state), moments.weights,
             w.product + place, w.sum + place, moments.first ? w.first + place : nullptr, stride);

@@ -27,6 +27,9 @@ struct Convolution {
   Boxes boxes;
   int64_t together;  // examples a panel
 
+  int64_t row(const Tile& tile, int64_t row) const {
+    return (tile.group * out_channels + tile.o0 + row) * in_channels * K;
+  }
   int64_t steps() const { return boxes.number() > 1 ? B * boxes.number() : (B + together - 1) / together; }
 
   // Box and examples of a step, without the layer's own fields.
@@ -171,7 +174,7 @@ struct RegionLayer : Convolution<T> {
   template <int64_t NR>
   UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
     const int64_t K = this->K;
-    C* out = target + (tile.group * this->out_channels + tile.o0 + row) * this->in_channels * K;
+    C* out = target + this->row(tile, row);
     for (int64_t j = 0; j < tile.strips; ++j, sum += NR) {
       const int64_t strip = tile.strip0 + j, c0 = strip / K * NR, count = std::min(NR, this->in_channels - c0);
       C* place = out + c0 * K + strip % K;
@@ -248,7 +251,7 @@ struct UnfoldLayer : Convolution<T> {
   template <int64_t NR>
   UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
     const int64_t columns = this->in_channels * this->K, i0 = tile.strip0 * NR;
-    C* out = target + (tile.group * this->out_channels + tile.o0 + row) * columns + i0;
+    C* out = target + this->row(tile, row) + i0;
     const int64_t count = std::min(tile.strips * NR, columns - i0);
     for (int64_t i = 0; i < count; ++i) out[i] += this->moments.scale * sum[i];
   }
