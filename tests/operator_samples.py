@@ -1,5 +1,7 @@
 """Inputs of every operator in `torch.ops.unlearn_fast`, for `torch.library.opcheck`."""
 
+from collections.abc import Sequence
+
 import torch
 from layouts import lay_out
 from torch import Tensor
@@ -62,6 +64,19 @@ def samples() -> dict[str, list[tuple]]:
             (_floats(6)[::2], _floats(2, 3, 5).transpose(1, 2), _floats(2, 5, 3), None, _floats(3), 1.0, False),
             (_floats(3), None, _floats(2, 0, 3), None, _floats(3), 1.0, False),
         ],
+        "sum_grad_squared_conv_": [
+            _convolution(_floats(3, 2, 3, 3), _floats(2, 1, 2, 6, 5), _floats(2, 1, 3, 4, 3)),
+            _convolution(_floats(4, 1, 3), _floats(2, 2, 2, 9), _floats(2, 2, 4, 5), [2], [1], [1], 2, moments=True),
+            _convolution(
+                _floats(3, 2, 1, 2, 2),
+                _floats(2, 1, 2, 3, 4, 4).bfloat16(),
+                _floats(2, 1, 3, 3, 2, 2).bfloat16(),
+                [1, 1, 1],
+                [0, 0, 0],
+                [1, 2, 2],
+            ),
+            _convolution(_floats(3, 2, 3, 3), _floats(0, 1, 2, 6, 5), _floats(0, 1, 3, 4, 3)),
+        ],
         "dampen_": [
             ([_floats(3, 4), _floats(5)], *[[_positive(3, 4), _positive(5)] for _ in range(2)], *settings),
             ([_floats(4, 3).T.half()], [_positive(3, 4)], [_positive(3, 4)], *settings),
@@ -106,6 +121,21 @@ def _logits_and_labels() -> list[tuple[Tensor, Tensor]]:
 def _backward(logits: Tensor, labels: Tensor) -> tuple:
     logp, *stats = torch.ops.unlearn_fast.token_logprobs(logits, labels, IGNORE)
     return (torch.ones_like(logp), logits, labels, logp, *stats, IGNORE)
+
+
+def _convolution(
+    out: Tensor,
+    inputs: Tensor,
+    grads: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    moments: bool = False,
+) -> tuple:
+    weights, first = (_floats(len(inputs)), torch.zeros_like(out)) if moments else (None, None)
+    settings = (list(x) for x in (stride, padding, dilation))
+    return (out, inputs, grads, *settings, groups, weights, first, 0.5, moments)
 
 
 def _linear_backward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:

@@ -36,7 +36,7 @@ def assert_exact(model, batches, tolerance=1e-5):
     exact = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
     truth = one_example_at_a_time(model.double(), exact, classification_losses)
     for name, expected in truth.items():
-        assert relative_error(ours[name], expected) < tolerance or not expected.any() and not ours[name].any(), name
+        assert relative_error(ours[name], expected) < tolerance or (not expected.any() and not ours[name].any()), name
     return [str(w.message) for w in caught if "one example at a time" in str(w.message)]
 
 
@@ -193,7 +193,7 @@ def test_what_the_caller_does_wrong_is_raised_as_it_is():
 
 def test_embeddings_scaled_by_frequency_are_refused():
     model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 4))
-    with pytest.raises(ValueError, match="Embedding '0' has scale_grad_by_freq=True.*it must be False"):
+    with pytest.raises(ValueError, match=r"Embedding '0' has scale_grad_by_freq=True.*it must be False"):
         fisher(model, [labelled(torch.randint(0, 5, (3, 2)))])
 
 

@@ -1,4 +1,4 @@
-"""What diagonal_fisher offers beside the plain importances: labels, moments, early stop, resuming, coverage, progress."""
+"""What there is beside the plain importances: labels, moments, early stop, resuming, coverage, progress."""
 
 import functools
 import math

@@ -18,8 +18,8 @@ PACKAGE = Path(unlearn_fast.__file__).parent
 TESTS = Path(__file__).parent
 IN_PLACE = {  # operator -> the arguments that it writes
     "token_logprobs_backward_": ["logits"],
-    "sum_grad_squared_linear_": ["out", "first"],
     "sum_grad_squared_conv_": ["out", "first"],
+    "sum_grad_squared_linear_": ["out", "first"],
     "sum_grad_squared_embedding_": ["out", "first"],
     "sum_grad_squared_scale_": ["out", "first"],
     "dampen_": ["params"],
@@ -64,6 +64,7 @@ def test_opcheck(name):
     [
         "dampen_",
         "linear_token_logprobs",
+        "sum_grad_squared_conv_",
         "sum_grad_squared_embedding_",
         "sum_grad_squared_linear_",
         "sum_grad_squared_scale_",
@@ -156,6 +157,7 @@ with warnings.catch_warnings(record=True) as caught:
         unlearn_fast.sum_grad_squared_linear_(torch.zeros(5, 5), x, x)
         unlearn_fast.sum_grad_squared_embedding_(torch.zeros(5, 5), torch.zeros(1, 3).long(), x[None])
         unlearn_fast.sum_grad_squared_scale_(torch.zeros(5), None, x[None])
+        unlearn_fast.sum_grad_squared_conv_(torch.zeros(5, 5, 3), x[..., None], x[..., None], padding=1)
         unlearn_fast.dampen_([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], alpha=1.0)
 print(json.dumps({
     "file": unlearn_fast.__file__, "missing": _library.missing, "native": _library.native is not None,

@@ -41,6 +41,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _linear_scenarios()
     yield from _squares_scenarios()
     yield from _moments_scenarios()
+    yield from _convolution_scenarios()
     yield from _dampen_scenarios()
     yield from _flat_scenarios()
 
@@ -126,6 +127,10 @@ def _squares_scenarios() -> Iterator[Scenario]:
     name = "sum_grad_squared_linear_"
     for B, T, O, I in ((1, 1, 1, 1), (3, 7, 5, 11), (4, 1, 33, 65), (2, 300, 97, 130), (5, 0, 3, 2)):  # noqa: E741
         yield Scenario(name, f"B {B}, T {T}, O {O}, I {I}", _products((B, T), O, I), _add_squares())
+    for leading, absolute in itertools.product(((9,), (9, 6), (2, 300)), (False, True)):
+        title = f"weighted, first moments, {list(leading)}{', magnitudes' if absolute else ''}"
+        run, wide = _add_moments(absolute), ("out", "first", "weights")
+        yield Scenario(name, title, _weighted_products(leading, 17, 31), run, wide=wide)
     yield Scenario(name, "B 9, O 17, I 31, no T", _products((9,), 17, 31), _add_squares())
     swapped = _add_squares(swap=True)
     yield Scenario(name, "B 6, T 5, O 12, I 40, B and T swapped in memory", _products((5, 6), 12, 40), swapped)
@@ -198,6 +203,30 @@ def _products(leading: tuple[int, ...], O: int, I: int) -> Callable[[torch.Gener
     return inputs
 
 
+def _weighted_products(leading: tuple[int, ...], O: int, I: int) -> Callable[[torch.Generator], Tensors]:  # noqa: E741
+    """Of one sign: first moments then have no terms that cancel."""
+    shapes = {
+        "out": (O, I),
+        "first": (O, I),
+        "weights": leading[:1],
+        "inputs": (*leading, I),
+        "grad_outputs": (*leading, O),
+    }
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        return {n: torch.rand(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+    return inputs
+
+
+def _add_moments(absolute: bool) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        library.sum_grad_squared_linear_(**x, absolute=absolute, scale=0.3)
+        return {"out": x["out"], "first": x["first"]}
+
+    return run
+
+
 def _add_squares(swap: bool = False) -> Callable[[ModuleType, Tensors], Tensors]:
     def run(library: ModuleType, x: Tensors) -> Tensors:
         a, g = x["inputs"], x["grad_outputs"]
@@ -205,6 +234,50 @@ def _add_squares(swap: bool = False) -> Callable[[ModuleType, Tensors], Tensors]
         if swap:
             a, g = a.transpose(0, 1), g.transpose(0, 1)
         return {"out": library.sum_grad_squared_linear_(out, a, g, scale=0.3)}
+
+    return run
+
+
+def _convolution_scenarios() -> Iterator[Scenario]:
+    name = "sum_grad_squared_conv_"
+    layers: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+        "2d, channels fill vectors": ((3, 1, 33), (9, 8), (13, 33, 3, 3), {"padding": 1}),
+        "2d, a first layer": ((2, 1, 3), (19, 18), (20, 3, 5, 5), {"stride": 2, "padding": 2}),
+        "1d, several images an example": ((2, 3, 24), (600,), (7, 24, 4), {"stride": 3, "dilation": 2}),
+        "3d, groups": ((2, 1, 10), (4, 5, 6), (6, 5, 2, 3, 1), {"groups": 2, "padding": (1, 0, 2)}),
+        "2d, depthwise": ((5, 1, 40), (7, 9), (80, 1, 3, 3), {"groups": 40, "padding": 1}),
+        "2d, no examples": ((0, 1, 3), (5, 5), (2, 3, 3, 3), {}),
+    }
+    for (title, layer), absolute in itertools.product(layers.items(), (False, True)):
+        leading, size, weight, settings = layer
+        inputs = _images(leading, size, weight, settings)
+        run, wide = _add_of_images(settings, absolute), ("out", "first", "weights")
+        yield Scenario(name, f"{title}{', magnitudes' if absolute else ''}", inputs, run, wide=wide)
+
+
+def _images(
+    leading: tuple[int, ...], size: tuple[int, ...], weight: tuple[int, ...], settings: dict[str, Any]
+) -> Callable[[torch.Generator], Tensors]:
+    """Of one sign: squares and first moments then have no terms that cancel."""
+    axes = len(size)
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[axes - 1]
+    positions = convolve(torch.zeros(1, leading[-1], *size), torch.zeros(weight), **settings).shape[2:]
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        shapes = {
+            "out": weight, "first": weight, "weights": leading[:1], "inputs": (*leading, *size),
+            "grad_outputs": (*leading[:-1], weight[0], *positions),
+        }  # fmt: skip
+        return {n: torch.rand(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+    return inputs
+
+
+def _add_of_images(settings: dict[str, Any], absolute: bool) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        options = {**settings, "absolute": absolute, "weights": x["weights"], "first": x["first"], "scale": 0.3}
+        library.sum_grad_squared_conv_(x["out"], x["inputs"], x["grad_outputs"], **options)
+        return {"out": x["out"], "first": x["first"]}
 
     return run
 

@@ -46,6 +46,7 @@ struct Boxes {
     }
     return box;
   }
+  Box largest(const Axis (&axes)[AXES]) const { return box(axes, number() - 1); }
 };
 
 inline int64_t packed_positions(const Axis (&axes)[AXES], const int64_t (&count)[AXES]) {

@@ -18,6 +18,7 @@
 
 // A helper must be inlined into each clone to be compiled for the clone's instruction set.
 #define UNLEARN_INLINE inline __attribute__((always_inline))
+#define UNLEARN_INLINED __attribute__((always_inline))  // the same, behind a lambda's parameters
 
 namespace unlearn {
 

@@ -15,8 +15,8 @@ inline void check_moments(
   STD_TORCH_CHECK(
       out.scalar_type() == compute_dtype(inputs.scalar_type()), "out must be float32, or float64 for float64 inputs");
   STD_TORCH_CHECK(
-      !weights || (weights->dim() == 1 && weights->size(0) == inputs.size(0) &&
-                   weights->scalar_type() == out.scalar_type()),
+      !weights ||
+          (weights->dim() == 1 && weights->size(0) == inputs.size(0) && weights->scalar_type() == out.scalar_type()),
       "weights must be [B] in out's dtype");
   bool same = !first || (first->dim() == out.dim() && first->scalar_type() == out.scalar_type());
   for (int64_t d = 0; first && same && d < out.dim(); ++d) same = first->size(d) == out.size(d);

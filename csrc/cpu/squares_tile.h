@@ -41,11 +41,11 @@ enum class Finish { add, square, absolute };
 template <class C>
 struct Panel {
   const C *a, *g;
-  int64_t T;                       // positions of an example
-  int64_t g_strip;                 // distance of the strips of g
-  int64_t example, examples;       // the examples in the panel
-  int64_t a_example, g_example;    // distance of the examples
-  bool begins = true, ends = true; // whether the positions are the examples' first, and last
+  int64_t T;                        // positions of an example
+  int64_t g_strip;                  // distance of the strips of g
+  int64_t example, examples;        // the examples in the panel
+  int64_t a_example, g_example;     // distance of the examples
+  bool begins = true, ends = true;  // whether the positions are the examples' first, and last
   Finish finish = Finish::square;
 };
 
@@ -71,9 +71,11 @@ class Workspace {
 };
 
 // Packs 64 bytes of positions, which lie one after another, of `count` <= width columns: panel[t][width], zeros beyond
-// the last column.
+// the last column. For AVX-512 alone: two-operand permutations of vectors.
 template <class C>
 constexpr int64_t transposed = 64 / sizeof(C);
+template <int64_t width, class C>
+constexpr bool transposes = width == 12 || width * sizeof(C) == 128;
 
 template <int64_t width, class T>
 UNLEARN_INLINE void pack_transposed(const T* source, int64_t stride_c, int64_t count, compute_t<T>* panel) {
@@ -93,7 +95,9 @@ UNLEARN_INLINE void pack_transposed(const T* source, int64_t stride_c, int64_t c
       } else if constexpr (std::is_same_v<T, C>) {
         rows[c] = *reinterpret_cast<const V*>(column);
       } else {
-        for (int t = 0; t < N; ++t) rows[c][t] = load(column[t]);
+        C values[N];
+        for (int t = 0; t < N; ++t) values[t] = load(column[t]);
+        rows[c] = *reinterpret_cast<const V*>(values);
       }
     }
 #pragma GCC unroll 4
@@ -128,9 +132,12 @@ UNLEARN_INLINE void pack(
   using C = compute_t<T>;
   if (std::abs(stride_t) < std::abs(stride_c)) {
     for (int64_t c0 = 0; c0 < count; c0 += width, panel += strip) {
-      const int64_t whole = stride_t == 1 ? T_ / transposed<C> * transposed<C> : 0;
-      for (int64_t t = 0; t < whole; t += transposed<C>) {
-        pack_transposed<width>(source + c0 * stride_c + t, stride_c, std::min(width, count - c0), panel + t * width);
+      int64_t whole = 0;
+      if constexpr (transposes<width, C>) {
+        whole = stride_t == 1 ? T_ / transposed<C> * transposed<C> : 0;
+        for (int64_t t = 0; t < whole; t += transposed<C>) {
+          pack_transposed<width>(source + c0 * stride_c + t, stride_c, std::min(width, count - c0), panel + t * width);
+        }
       }
       for (int64_t c = 0; c < width; ++c) {
         const T* column = source + (c0 + c) * stride_c;
@@ -212,6 +219,16 @@ UNLEARN_INLINE void micro_tile(
   }
 }
 
+// Fetches what the tile's sums will be added to while there still is something to multiply: read at the end, row by
+// row, it would be waited for. Only a hint, so that rows and columns beyond the tile do not matter.
+template <int64_t NR, int64_t MR, class Layer, class C>
+UNLEARN_INLINE void prefetch_rows(const Layer& layer, const Tile& tile, int64_t row, int64_t strip, const C* target) {
+  for (int64_t m = 0; m < std::min(MR, tile.rows - row); ++m) {
+    const C* place = target + layer.row(tile, row + m) + (tile.strip0 + strip) * NR;
+    for (int64_t c = 0; c < NR; c += 64 / sizeof(C)) __builtin_prefetch(place + c, 1, 2);
+  }
+}
+
 // A layer has
 //   moments            what to add to
 //   steps()            how many panels pass a tile
@@ -219,6 +236,7 @@ UNLEARN_INLINE void micro_tile(
 //   pack<NR, MR>(...)  packs one of them, and returns it
 //   rows<NR>(state)    position -> where in a strip of a its row lies
 //   strip<NR>(...)     where in the panel the tile's strip j of a lies
+//   row(tile, row)     where in the output a tile's row begins
 //   write<NR>(...)     adds one row of a tile's sums to the output
 template <int BYTES, int MR, class Layer, class C>
 UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Workspace<C>& w) {
@@ -234,9 +252,13 @@ UNLEARN_INLINE void sum_over_examples(const Layer& layer, const Tile& tile, Work
       const C* a = panel.a + layer.template strip<NR>(panel, tile, j, state);
       for (int64_t o = 0; o < tile.rows; o += MR) {
         const int64_t place = o * stride + j * NR;
+        if (step + 1 == layer.steps()) {
+          prefetch_rows<NR, MR>(layer, tile, o, j, moments.out);
+          if (moments.first) prefetch_rows<NR, MR>(layer, tile, o, j, moments.first);
+        }
         micro_tile<BYTES, MR>(
-            panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(state), moments.weights, w.product + place,
-            w.sum + place, moments.first ? w.first + place : nullptr, stride);
+            panel, panel.g + o / MR * panel.g_strip, a, layer.template rows<NR>(state), moments.weights,
+            w.product + place, w.sum + place, moments.first ? w.first + place : nullptr, stride);
       }
     }
   }

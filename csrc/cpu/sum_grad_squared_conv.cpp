@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/squares_tensors.h"
+#include "cpu/sum_grad_squared_depthwise.h"
 
 namespace unlearn {
 namespace {
@@ -35,8 +36,8 @@ Convolution<T> convolution(
   const int64_t spatial = inputs.dim() - 3;
   for (int64_t d = 0; d < spatial; ++d) {
     q.axes[AXES - spatial + d] = {
-        inputs.size(3 + d), grad_outputs.size(3 + d), out.size(2 + d),        stride[d],
-        padding[d],         dilation[d],              inputs.stride(3 + d), grad_outputs.stride(3 + d)};
+        inputs.size(3 + d), grad_outputs.size(3 + d), out.size(2 + d),           stride[d], padding[d],
+        dilation[d],        inputs.stride(3 + d),     grad_outputs.stride(3 + d)};
     q.K *= out.size(2 + d);
   }
   return q;
@@ -51,18 +52,36 @@ int64_t tile_strips(int64_t K, int64_t NR) {
 }
 
 template <class T>
+void add_depthwise(Convolution<T> q) {
+  using C = compute_t<T>;
+  const Box box = q.boxes.largest(q.axes);
+  const int64_t region = packed_positions(q.axes, box.count), NR = strip_columns<C>();
+  q.together = std::max<int64_t>(1, std::min(TILE_T / box.positions(), REGION / region));
+  const int64_t tasks = (q.groups + NR - 1) / NR * q.out_channels;
+  const int64_t work = q.B * q.axes[0].out * q.axes[1].out * q.axes[2].out * q.axes[3].out * q.K * NR;
+  torch::stable::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
+    Workspace<C> workspace(q.together * region * NR, TILE_T * NR, q.K, NR);
+    for (int64_t task = begin; task < end; ++task) {
+      on_best_simd(DepthwiseWork<T>{q, task / q.out_channels * NR, task % q.out_channels, workspace});
+    }
+  });
+}
+
+template <class T>
 void add_squares(Convolution<T> q) {
   using C = compute_t<T>;
   const int64_t NR = strip_columns<C>(), channel_strips = (q.in_channels + NR - 1) / NR;
   const int64_t positions = q.axes[0].out * q.axes[1].out * q.axes[2].out * q.axes[3].out, work = q.B * positions;
   const int64_t g_size = TILE_T * (TILE_O + 16);
 
+  if (q.in_channels == 1 && q.groups > 1 && cut(q.axes, TILE_T, REGION, q.boxes)) return add_depthwise(q);
+
   // Multiplying straight from the image pays where channels fill the strips, and where the packed part of the image is
   // smaller than what is unfolded from it.
   bool from_image = 3 * q.in_channels >= 2 * channel_strips * NR && cut(q.axes, TILE_T, REGION, q.boxes);
   int64_t region = 0;
   if (from_image) {
-    const Box box = q.boxes.box(q.axes, q.boxes.number() - 1);  // the largest
+    const Box box = q.boxes.largest(q.axes);
     region = packed_positions(q.axes, box.count);
     from_image = region <= q.K * box.positions();
   }
@@ -100,7 +119,8 @@ void check(
       "out must be [O, C / groups, *kernel]");
   for (int64_t d = 0; d < spatial; ++d) {
     STD_TORCH_CHECK(
-        stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, "stride and dilation must be positive, padding not below 0");
+        stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1,
+        "stride and dilation must be positive, padding not below 0");
     const int64_t room = inputs.size(3 + d) + 2 * padding[d] - dilation[d] * (out.size(2 + d) - 1) - 1;
     STD_TORCH_CHECK(
         room >= 0 && grad_outputs.size(3 + d) == room / stride[d] + 1,

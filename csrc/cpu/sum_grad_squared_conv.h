@@ -27,6 +27,9 @@ struct Convolution {
   Boxes boxes;
   int64_t together;  // examples a panel
 
+  int64_t row(const Tile& tile, int64_t row) const {
+    return (tile.group * out_channels + tile.o0 + row) * in_channels * K;
+  }
   int64_t steps() const { return boxes.number() > 1 ? B * boxes.number() : (B + together - 1) / together; }
 
   // Box and examples of a step, without the layer's own fields.
@@ -53,11 +56,10 @@ struct Convolution {
       lines[3] *= lines[d];
       lines[d] = 1;
     }
-    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) {
+    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       const T* source = first;
       for (int d = 0; d < AXES; ++d) source += (box.begin[d] + at[d]) * axes[d].g_stride;
-      unlearn::pack<width>(
-          source, axes[3].g_stride, stride_c, lines[3], count, strip, panel + line * lines[3] * width);
+      unlearn::pack<width>(source, axes[3].g_stride, stride_c, lines[3], count, strip, panel + line * lines[3] * width);
     });
   }
 
@@ -71,7 +73,7 @@ struct Convolution {
       start[d] = box.begin[d] * axes[d].stride - axes[d].padding;
     }
     const Axis& last = axes[3];
-    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) {
+    for_lines(lines, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       C* target = panel + line * lines[3] * width;
       const T* source = first;
       bool inside = true;
@@ -117,7 +119,7 @@ struct RegionState {
       size *= axes[d].packed(box.count[d]);
     }
     int32_t* row = rows;
-    for_lines(box.count, [&](int64_t, const int64_t (&at)[AXES]) {
+    for_lines(box.count, [&](int64_t, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       const int64_t line = at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2];
       for (int64_t p = 0; p < box.count[3]; ++p) *row++ = int32_t(line + p * stride[3]);
     });
@@ -172,7 +174,7 @@ struct RegionLayer : Convolution<T> {
   template <int64_t NR>
   UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
     const int64_t K = this->K;
-    C* out = target + (tile.group * this->out_channels + tile.o0 + row) * this->in_channels * K;
+    C* out = target + this->row(tile, row);
     for (int64_t j = 0; j < tile.strips; ++j, sum += NR) {
       const int64_t strip = tile.strip0 + j, c0 = strip / K * NR, count = std::min(NR, this->in_channels - c0);
       C* place = out + c0 * K + strip % K;
@@ -221,7 +223,7 @@ struct UnfoldLayer : Convolution<T> {
     const T* x = this->x + b * this->x_b + (group * this->in_channels + column / this->K) * this->x_c;
     const int64_t n = box.count[3];
     const Range range = inside_image(last, start[3], n);
-    for_lines(box.count, [&](int64_t line, const int64_t (&at)[AXES]) {
+    for_lines(box.count, [&](int64_t line, const int64_t (&at)[AXES]) UNLEARN_INLINED {
       C* row = target + line * n * NR;
       const T* source = x + start[3] * last.x_stride;
       bool inside = true;
@@ -249,7 +251,7 @@ struct UnfoldLayer : Convolution<T> {
   template <int64_t NR>
   UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
     const int64_t columns = this->in_channels * this->K, i0 = tile.strip0 * NR;
-    C* out = target + (tile.group * this->out_channels + tile.o0 + row) * columns + i0;
+    C* out = target + this->row(tile, row) + i0;
     const int64_t count = std::min(tile.strips * NR, columns - i0);
     for (int64_t i = 0; i < count; ++i) out[i] += this->moments.scale * sum[i];
   }

@@ -29,8 +29,20 @@ void add_products(const LinearLayer<T>& q) {
 
   const auto add = [&](Factor factor, C* target) {
     const bool square = factor == Factor::square;
-    FactorWork<T> work{q.a,     q.g,     q.B, q.O, q.I, factor, square ? a_scales.data() : nullptr,
-                       square ? g_scales.data() : nullptr, q.moments.weights, a_panel, g_panel, 0, 0};
+    FactorWork<T> work{
+        q.a,
+        q.g,
+        q.B,
+        q.O,
+        q.I,
+        factor,
+        square ? a_scales.data() : nullptr,
+        square ? g_scales.data() : nullptr,
+        q.moments.weights,
+        a_panel,
+        g_panel,
+        0,
+        0};
     torch::stable::parallel_for(0, g_strips + a_strips, grain(q.B * NR), [&](int64_t begin, int64_t end) {
       FactorWork<T> part = work;
       part.begin = begin;
@@ -42,8 +54,14 @@ void add_products(const LinearLayer<T>& q) {
       for (C& scale : g_scales) scale = 1 / scale;
     }
     PackedProducts<T> products{
-        Moments<C>{target, nullptr, nullptr, q.moments.scale, false}, a_panel, g_panel, work.a_scales, work.g_scales,
-        q.B, q.O, q.I};
+        Moments<C>{target, nullptr, nullptr, q.moments.scale, false},
+        a_panel,
+        g_panel,
+        work.a_scales,
+        work.g_scales,
+        q.B,
+        q.O,
+        q.I};
     add_linear_tiles<C>(products, q.B, 0, 0);
   };
 
@@ -82,8 +100,13 @@ void sum_grad_squared_linear_(
       return Operand<T>{data<T>(x), x.stride(0), positions ? x.stride(1) : 0, x.stride(c)};
     };
     const LinearLayer<T> layer{
-        tensors.moments<compute_t<T>>(scale, absolute), operand(inputs), operand(grad_outputs), inputs.size(0),
-        positions ? inputs.size(1) : 1, out.size(0), out.size(1)};
+        tensors.moments<compute_t<T>>(scale, absolute),
+        operand(inputs),
+        operand(grad_outputs),
+        inputs.size(0),
+        positions ? inputs.size(1) : 1,
+        out.size(0),
+        out.size(1)};
     if (layer.T_ == 1) return add_products(layer);
     add_linear_tiles<compute_t<T>>(layer, layer.B * layer.T_, TILE_T * (TILE_I + 64), TILE_T * (TILE_O + 16));
   });

@@ -68,10 +68,11 @@ struct LinearLayer {
   UNLEARN_INLINE int64_t strip(const Panel<C>& panel, const Tile&, int64_t j, const State&) const {
     return j * panel.examples * panel.a_example;
   }
+  UNLEARN_INLINE int64_t row(const Tile& tile, int64_t row) const { return (tile.o0 + row) * I; }
   template <int64_t NR>
   UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
     const int64_t i0 = tile.strip0 * NR, count = std::min(tile.strips * NR, I - i0);
-    C* out = target + (tile.o0 + row) * I + i0;
+    C* out = target + this->row(tile, row) + i0;
     for (int64_t i = 0; i < count; ++i) out[i] += moments.scale * sum[i];
   }
 };
@@ -83,13 +84,20 @@ UNLEARN_CLONED void column_scales(
     const Operand<T>& x, const compute_t<T>* weights, int64_t B, int64_t columns, compute_t<T>* scales) {
   using C = compute_t<T>;
   std::fill(scales, scales + columns, C(0));
+  const auto add = [&](const T* row, int64_t stride, C root) UNLEARN_INLINED {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const C value = load(row[c * stride]) * root, magnitude = value < 0 ? -value : value;
+      scales[c] = magnitude > scales[c] ? magnitude : scales[c];
+    }
+  };
   for (int64_t b = 0; b < B; ++b) {
     const T* row = x.data + b * x.stride_b;
     const C root = weights ? std::sqrt(weights[b] < 0 ? -weights[b] : weights[b]) : C(1);
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const C value = load(row[c * x.stride_c]) * root, magnitude = value < 0 ? -value : value;
-      scales[c] = magnitude > scales[c] ? magnitude : scales[c];
+    if (x.stride_c == 1) {
+      add(row, 1, root);
+    } else {
+      add(row, x.stride_c, root);
     }
   }
   const int limit = std::numeric_limits<C>::max_exponent - 2;  // its inverse must be finite too
@@ -161,8 +169,8 @@ template <class T>
 struct PackedProducts {
   using C = compute_t<T>;
   struct State {};
-  Moments<C> moments;  // `out` alone; scale and units
-  const C *a, *g;      // [strip][B][columns of a strip]
+  Moments<C> moments;          // `out` alone; scale and units
+  const C *a, *g;              // [strip][B][columns of a strip]
   const C *a_units, *g_units;  // inverse scales, or null
   int64_t B, O, I;
 
@@ -191,10 +199,11 @@ struct PackedProducts {
   UNLEARN_INLINE int64_t strip(const Panel<C>&, const Tile&, int64_t j, const State&) const {
     return j * B * NR;
   }
+  UNLEARN_INLINE int64_t row(const Tile& tile, int64_t row) const { return (tile.o0 + row) * I; }
   template <int64_t NR>
   UNLEARN_INLINE void write(const Tile& tile, int64_t row, const C* sum, C* target) const {
     const int64_t i0 = tile.strip0 * NR, count = std::min(tile.strips * NR, I - i0);
-    C* out = target + (tile.o0 + row) * I + i0;
+    C* out = target + this->row(tile, row) + i0;
     if (!a_units) {
       for (int64_t i = 0; i < count; ++i) out[i] += moments.scale * sum[i];
       return;

@@ -35,6 +35,7 @@ def smallest() -> list[Case]:
         sum_grad_squared_embedding(2, 40, 16, 30),
         sum_grad_squared_scale(3, 40, 16),
         sum_grad_squared_scale(3, 40, 16, channels_first=True),
+        sum_grad_squared_conv(2, 3, 8, size=9, kernel=3, stride=2),
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
         flat_loss(2, 9, 1000),
@@ -54,6 +55,9 @@ def full() -> list[Case]:
         sum_grad_squared_embedding(16, 512, 768, 50_257),
         sum_grad_squared_scale(16, 512, 1024),
         sum_grad_squared_scale(32, 784, 256, channels_first=True),
+        sum_grad_squared_linear(256, None, 1024, 1024),
+        sum_grad_squared_conv(32, 64, 64, size=32, kernel=3),
+        sum_grad_squared_conv(32, 512, 512, size=4, kernel=3),
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
         flat_loss(4, 65, 32_000),
@@ -125,32 +129,65 @@ def _reference_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return reference.linear_token_logprobs(hidden, weight, labels)
 
 
-def sum_grad_squared_linear(B: int, T: int, I: int, O: int) -> Case:  # noqa: E741
+def sum_grad_squared_linear(B: int, T: int | None, I: int, O: int) -> Case:  # noqa: E741
+    """T None: one position an example, and no axis for it."""
+    leading = (B,) if T is None else (B, T)
+    einsum = rivals.einsum_product_of_squares_ if T is None else rivals.einsum_sum_grad_squared_
     return Case(
         operator="sum_grad_squared_linear_",
-        shape=f"B {B}, T {T}, {I} -> {O}",
+        shape=f"B {B}, {I} -> {O}" if T is None else f"B {B}, T {T}, {I} -> {O}",
         dtype=FLOAT32,
         inputs=lambda g: {
             "out": normal(g, O, I).square(),
-            "inputs": normal(g, B, T, I),
-            "grad_outputs": normal(g, B, T, O),
+            "inputs": normal(g, *leading, I),
+            "grad_outputs": normal(g, *leading, O),
         },
         overwritten=("out",),
         ours=_in_place(unlearn_fast.sum_grad_squared_linear_),
         exact=in_float64(_in_place(reference.sum_grad_squared_linear_)),
         rivals={
             "reference": _in_place(reference.sum_grad_squared_linear_),
-            "einsum": _in_place(rivals.einsum_sum_grad_squared_),
-            "torch.compile": _in_place(compiled(rivals.einsum_sum_grad_squared_)),
+            "einsum": _in_place(einsum),
+            "torch.compile": _in_place(compiled(einsum)),
         },
         yardsticks={"ordinary weight gradient": _in_place(rivals.weight_gradient_)},
-        cost=Cost("the ordinary weight gradient: 2 B T I O", flops=2 * B * T * I * O),
+        cost=Cost("the ordinary weight gradient: 2 B T I O", flops=2 * B * (T or 1) * I * O),
     )
 
 
-def _in_place(function: Callable[..., Any]) -> Run:
+def sum_grad_squared_conv(B: int, C: int, O: int, *, size: int, kernel: int, stride: int = 1) -> Case:  # noqa: E741
+    """Square images and kernels, padded by half the kernel."""
+    padding = kernel // 2
+    positions = (size + 2 * padding - kernel) // stride + 1
+    settings = {"stride": stride, "padding": padding}
+    return Case(
+        operator="sum_grad_squared_conv_",
+        shape=f"B {B}, {C} -> {O}, {size}x{size}, kernel {kernel}, stride {stride}",
+        dtype=FLOAT32,
+        inputs=lambda g: {
+            "out": normal(g, O, C, kernel, kernel).square(),
+            "inputs": normal(g, B, C, size, size),
+            "grad_outputs": normal(g, B, O, positions, positions),
+        },
+        overwritten=("out",),
+        ours=_in_place(unlearn_fast.sum_grad_squared_conv_, **settings),
+        exact=in_float64(_in_place(reference.sum_grad_squared_conv_, **settings)),
+        rivals={
+            "reference": _in_place(reference.sum_grad_squared_conv_, **settings),
+            "unfold, einsum": _in_place(rivals.unfolded_sum_grad_squared_, **settings),
+            "torch.compile": _in_place(compiled(rivals.unfolded_sum_grad_squared_), **settings),
+        },
+        yardsticks={"ordinary weight gradient": _in_place(rivals.convolution_weight_gradient_, **settings)},
+        cost=Cost(
+            "the ordinary weight gradient: 2 B positions C O kernel",
+            flops=2 * B * positions**2 * C * O * kernel**2,
+        ),
+    )
+
+
+def _in_place(function: Callable[..., Any], **settings: Any) -> Run:
     def run(x: Inputs) -> Results:
-        function(x["out"], x["inputs"], x["grad_outputs"])
+        function(x["out"], x["inputs"], x["grad_outputs"], **settings)
         return (x["out"],)
 
     return run

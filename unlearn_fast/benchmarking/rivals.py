@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, unfold
+from torch.nn.grad import conv2d_weight
 
 
 def eager_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [N] -> [N] in at least float32
@@ -65,9 +66,26 @@ def sum_square_sum_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
     out += (grad_outputs * inputs).sum(1).square().sum(0)
 
 
+def einsum_product_of_squares_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+    """One position an example: the square of a product is the product of squares."""
+    out += torch.einsum("bo,bi->oi", grad_outputs.square(), inputs.square())
+
+
 def weight_gradient_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
     """The ordinary weight gradient: the same FLOPs, and no squares."""
     torch.mm(grad_outputs.flatten(0, -2).T, inputs.flatten(0, -2), out=out)
+
+
+def unfolded_sum_grad_squared_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, stride: int, padding: int) -> None:
+    """The convolution as a linear layer of unfolded patches, which are stored, and then as above."""
+    patches = unfold(inputs, out.shape[2:], stride=stride, padding=padding)  # [B, C k k, T]
+    gradients = torch.einsum("bot,bit->boi", grad_outputs.flatten(2), patches)
+    out += gradients.square().sum(0).view_as(out)
+
+
+def convolution_weight_gradient_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, stride: int, padding: int) -> None:
+    """The ordinary weight gradient: the same FLOPs, and no squares."""
+    out.copy_(conv2d_weight(inputs, out.shape, grad_outputs, stride, padding))
 
 
 def released_flat_loss(

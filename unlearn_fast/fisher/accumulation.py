@@ -106,7 +106,7 @@ class Checkpoint:
             digest.update(f"{tuple(t.shape)} {t.dtype} {sample.tolist()}".encode())
         if resumed and digest.hexdigest() != self.first_batch:
             raise ValueError(
-                f"checkpoint {str(self.path)!r} was made from other batches: it must see the same ones in the same order"
+                f"checkpoint {str(self.path)!r} was made from other batches: it needs the same ones, in the same order"
             )
         self.first_batch = digest.hexdigest()
 

@@ -164,8 +164,8 @@ def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
             raise ValueError(
-                f"Embedding {name!r} has scale_grad_by_freq=True, which divides gradients by how often a token occurs in"
-                " the batch, so that no example has a gradient of its own: it must be False"
+                f"Embedding {name!r} has scale_grad_by_freq=True, which divides gradients by how often a token occurs"
+                " in the batch, so that no example has a gradient of its own: it must be False"
             )
     training = [(module, module.training) for module in model.modules()]
     handles = [

@@ -1,7 +1,7 @@
 """The forms that the per-example gradients of a tensor take, and how each adds its moments without becoming [B, P].
 
-A gradient here stands for G_b, b = 0 .. n - 1, all of one shape. `add_to(moments)` adds `sum_b w_b G_b^2` (and what else
-is asked for), `weighted_sum(w)` is `sum_b w_b G_b`, and `dense(start, stop)` is some of the G_b themselves.
+A gradient here stands for G_b, b = 0 .. n - 1, all of one shape. `add_to(moments)` adds `sum_b w_b G_b^2`, and what
+else is asked for; `weighted_sum(w)` is `sum_b w_b G_b`; and `dense(start, stop)` is some of the G_b themselves.
 """
 
 import math

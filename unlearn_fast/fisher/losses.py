@@ -84,8 +84,8 @@ def _check_labels(labels: str, known: tuple[str, ...]) -> None:
 
 
 def _sampled(logits: Tensor) -> Tensor:  # [..., C] -> [...]
-    """Classes drawn from the softmax of the logits, by inverting its cumulative sums. One random number a row, in order:
-    the rows of a batch draw the same whatever rows follow them."""
+    """Classes drawn from the softmax of the logits, by inverting its cumulative sums. One random number a row, in
+    order: the rows of a batch draw the same whatever rows follow them."""
     with torch.no_grad():
         sums = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).cumsum(-1)
         u = torch.rand(logits.shape[:-1].numel(), dtype=torch.float64).to(logits.device, sums.dtype)

@@ -179,7 +179,7 @@ class Trace(Watch):
         return 0 <= axis < t.dim() and t.shape[axis] % self.n == 0
 
     def _split(self, t: Tensor, axis: int, inner: bool = False) -> Tensor:
-        """The examples in front: an axis of n moves there; of one of n * k (`inner`: k * n), the k stay where they were."""
+        """The examples in front: an axis of n moves there; of n * k (`inner`: k * n), the k stay where they were."""
         if t.shape[axis] == self.n:
             return t.movedim(axis, 0)
         return t.unflatten(axis, (-1, self.n) if inner else (self.n, -1)).movedim(axis + inner, 0)
