@@ -6,14 +6,6 @@
 namespace unlearn {
 namespace {
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != b.size(d)) return false;
-  }
-  return true;
-}
-
 template <class C>
 DampenStats dampen_tensor(
     Tensor& param, const Tensor& forget, const Tensor& reference, const DampenSettings& settings) {

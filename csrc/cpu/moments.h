@@ -25,14 +25,14 @@ struct Strided {
 
 // A row of the output, and, where `first` is given, of the sum of gradients. A gradient is a function of the column.
 template <class O>
-struct Moments {
+struct RowMoments {
   O* out;
   int64_t out_stride;
   O* first;
   int64_t first_stride;
   bool absolute;
 
-  Moments at(int64_t out_offset, int64_t first_offset) const {
+  RowMoments at(int64_t out_offset, int64_t first_offset) const {
     return {out + out_offset, out_stride, first ? first + first_offset : nullptr, first_stride, absolute};
   }
 
@@ -112,7 +112,7 @@ UNLEARN_INLINE void sum_rows(const Rows& rows, int64_t begin, int64_t end, int64
 // the column; rows beyond n are only fetched ahead.
 template <class Rows, class C, class O, class W>
 UNLEARN_INLINE void add_example(
-    const Rows& rows, int64_t n, int64_t columns, const Moments<O>& moments, W weight, Scratch<C>& scratch) {
+    const Rows& rows, int64_t n, int64_t columns, const RowMoments<O>& moments, W weight, Scratch<C>& scratch) {
   C* part = scratch.part;
   double* total = scratch.total;
   const int64_t step = rows_of_part<C>(n);

@@ -1,4 +1,4 @@
-// What the registrations of the sum_grad_squared operators share: checks, out and first as contiguous memory, tiles.
+// What the registrations of the sum_grad_squared operators share: out and first as contiguous memory, tiles.
 #pragma once
 
 #include <optional>
@@ -7,21 +7,6 @@
 #include "cpu/tensors.h"
 
 namespace unlearn {
-
-inline void check_moments(
-    const Tensor& out, const Tensor& inputs, const Tensor& grad_outputs, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& first) {
-  STD_TORCH_CHECK(inputs.scalar_type() == grad_outputs.scalar_type(), "inputs and grad_outputs must have one dtype");
-  STD_TORCH_CHECK(
-      out.scalar_type() == compute_dtype(inputs.scalar_type()), "out must be float32, or float64 for float64 inputs");
-  STD_TORCH_CHECK(
-      !weights ||
-          (weights->dim() == 1 && weights->size(0) == inputs.size(0) && weights->scalar_type() == out.scalar_type()),
-      "weights must be [B] in out's dtype");
-  bool same = !first || (first->dim() == out.dim() && first->scalar_type() == out.scalar_type());
-  for (int64_t d = 0; first && same && d < out.dim(); ++d) same = first->size(d) == out.size(d);
-  STD_TORCH_CHECK(same, "first must have the shape and dtype of out");
-}
 
 // out and first, copied to contiguous memory and back where they are not; weights likewise.
 class MomentTensors {

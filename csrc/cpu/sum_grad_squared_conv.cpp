@@ -132,7 +132,8 @@ void sum_grad_squared_conv_(
     Tensor out, Tensor inputs, Tensor grad_outputs, Ints stride, Ints padding, Ints dilation, int64_t groups,
     std::optional<Tensor> weights, std::optional<Tensor> first, double scale, bool absolute) {
   check(out, inputs, grad_outputs, stride, padding, dilation, groups);
-  check_moments(out, inputs, grad_outputs, weights, first);
+  STD_TORCH_CHECK(inputs.scalar_type() == grad_outputs.scalar_type(), "inputs and grad_outputs must have one dtype");
+  check_moments(out, grad_outputs, weights, first);
   if (out.numel() == 0 || inputs.numel() == 0 || grad_outputs.numel() == 0) return;
   MomentTensors tensors(out, weights, first);
   dispatch_floating(inputs.scalar_type(), "inputs", [&](auto type) {

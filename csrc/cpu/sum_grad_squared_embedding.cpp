@@ -60,7 +60,7 @@ void sum_grad_squared_embedding_(
           tokens.size(1) == grad_outputs.size(1),
       "tokens must be [B, T] and grad_outputs [B, T, H]");
   STD_TORCH_CHECK(out.dim() == 2 && out.size(1) == grad_outputs.size(2), "out must be [V, H]");
-  check_moments(out, first, weights, grad_outputs);
+  check_moments(out, grad_outputs, weights, first);
   tokens = contiguous_as(tokens, ScalarType::Long);
   const int64_t N = tokens.numel();
   check_tokens(data<int64_t>(tokens), N, tokens.size(1), out.size(0));

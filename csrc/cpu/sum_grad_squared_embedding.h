@@ -76,7 +76,7 @@ bool ordinary(double weight) {
 template <bool UNIT, class T>
 UNLEARN_CLONED void embedding_rows(
     const EmbeddingProblem<T>& q, int64_t begin, int64_t end, int64_t c0, int64_t columns,
-    const Moments<compute_t<T>>& out, int64_t out_row, int64_t first_row) {
+    const RowMoments<compute_t<T>>& out, int64_t out_row, int64_t first_row) {
   using C = compute_t<T>;
   Scratch<C> scratch;
   const T* g = q.g.data + c0 * q.g.stride_c;

@@ -91,7 +91,8 @@ void sum_grad_squared_linear_(
   STD_TORCH_CHECK(
       out.dim() == 2 && out.size(0) == grad_outputs.size(c) && out.size(1) == inputs.size(c),
       "out must be [features of grad_outputs, features of inputs]");
-  check_moments(out, inputs, grad_outputs, weights, first);
+  STD_TORCH_CHECK(inputs.scalar_type() == grad_outputs.scalar_type(), "inputs and grad_outputs must have one dtype");
+  check_moments(out, grad_outputs, weights, first);
   if (out.numel() == 0 || inputs.numel() == 0 || grad_outputs.numel() == 0) return;
   MomentTensors tensors(out, weights, first);
   dispatch_floating(inputs.scalar_type(), "inputs", [&](auto type) {

@@ -16,7 +16,7 @@ int64_t groups_of(int64_t B, int64_t T, int64_t C) {
 }
 
 template <class T>
-void run(const ScaleProblem<T>& q, int64_t B, int64_t C, const Moments<compute_t<T>>& target) {
+void run(const ScaleProblem<T>& q, int64_t B, int64_t C, const RowMoments<compute_t<T>>& target) {
   const int64_t groups = groups_of(B, q.T_, C);
   const int64_t threads = torch::stable::get_num_threads();
   int64_t width = std::min(C, COLUMNS);
@@ -28,7 +28,7 @@ void run(const ScaleProblem<T>& q, int64_t B, int64_t C, const Moments<compute_t
       0, groups * blocks, std::max<int64_t>(1, GRAIN / std::max<int64_t>(work, 1)), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t group = task / blocks, c0 = task % blocks * width, at = group * C + c0;
-          const Moments<double> moments{
+          const RowMoments<double> moments{
               sums.data() + at, 1, target.first ? firsts.data() + at : nullptr, 1, target.absolute};
           const int64_t b0 = B * group / groups, b1 = B * (group + 1) / groups, columns = std::min(width, C - c0);
           if (q.x.data) {
@@ -59,7 +59,7 @@ void sum_grad_squared_scale_(
   }
   const int64_t B = grad_outputs.size(0), C = grad_outputs.size(2);
   STD_TORCH_CHECK(out.dim() == 1 && out.size(0) == C, "out must be [C]");
-  check_moments(out, first, weights, grad_outputs);
+  check_moments(out, grad_outputs, weights, first);
   if (grad_outputs.numel() == 0) return;
   if (weights) weights = torch::stable::contiguous(*weights);
   dispatch_floating(grad_outputs.scalar_type(), "grad_outputs", [&](auto type) {

@@ -45,7 +45,7 @@ struct Products {
 // Examples b0 to b1, columns c0 to c0 + columns, row after row.
 template <bool UNIT, bool X, class T>
 UNLEARN_CLONED void scale_rows(
-    const ScaleProblem<T>& q, int64_t b0, int64_t b1, int64_t c0, int64_t columns, const Moments<double>& moments) {
+    const ScaleProblem<T>& q, int64_t b0, int64_t b1, int64_t c0, int64_t columns, const RowMoments<double>& moments) {
   Scratch<compute_t<T>> scratch;
   for (int64_t b = b0; b < b1; ++b) {
     const T* g = q.g.data + b * q.g.stride_b + c0 * q.g.stride_c;
@@ -64,7 +64,7 @@ UNLEARN_CLONED void scale_rows(
 // The same, column after column; the positions lie side by side.
 template <bool X, class T>
 UNLEARN_CLONED void scale_runs(
-    const ScaleProblem<T>& q, int64_t b0, int64_t b1, int64_t c0, int64_t columns, const Moments<double>& moments) {
+    const ScaleProblem<T>& q, int64_t b0, int64_t b1, int64_t c0, int64_t columns, const RowMoments<double>& moments) {
   using C = compute_t<T>;
   double gradient[COLUMNS];
   for (int64_t b = b0; b < b1; ++b) {
@@ -88,7 +88,7 @@ UNLEARN_CLONED void scale_runs(
 
 template <bool X, class T>
 void scale_task(
-    const ScaleProblem<T>& q, int64_t b0, int64_t b1, int64_t c0, int64_t columns, const Moments<double>& moments) {
+    const ScaleProblem<T>& q, int64_t b0, int64_t b1, int64_t c0, int64_t columns, const RowMoments<double>& moments) {
   if (q.g.stride_c == 1 && (!X || q.x.stride_c == 1)) return scale_rows<true, X>(q, b0, b1, c0, columns, moments);
   if (q.g.stride_t == 1 && (!X || q.x.stride_t == 1)) return scale_runs<X>(q, b0, b1, c0, columns, moments);
   return scale_rows<false, X>(q, b0, b1, c0, columns, moments);

@@ -11,6 +11,8 @@
 #include <unistd.h>
 #endif
 
+#include <optional>
+
 #include "cpu/scalar.h"
 
 namespace unlearn {
@@ -45,6 +47,30 @@ T* mutable_data(const Tensor& tensor) {
 
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+// What all sums over examples take: where they go, and a weight an example.
+inline void check_moments(
+    const Tensor& out, const Tensor& grad_outputs, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& first) {
+  STD_TORCH_CHECK(
+      out.scalar_type() == compute_dtype(grad_outputs.scalar_type()),
+      "out must be float32, or float64 for float64 grad_outputs");
+  STD_TORCH_CHECK(
+      !weights || (weights->dim() == 1 && weights->size(0) == grad_outputs.size(0) &&
+                   weights->scalar_type() == out.scalar_type()),
+      "weights must be [B] in out's dtype");
+  STD_TORCH_CHECK(
+      !first || (same_shape(*first, out) && first->scalar_type() == out.scalar_type()),
+      "first must have the shape and dtype of out");
 }
 
 // Addresses the last axis ("row") of a tensor whose leading axes may have any strides.
