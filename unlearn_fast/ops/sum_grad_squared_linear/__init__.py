@@ -36,8 +36,10 @@ def sum_grad_squared_linear_(
             `out` is then unchanged.
     """
     _check(out, inputs, grad_outputs)
-    warn_if_slow(out.device.type)
-    torch.ops.unlearn_fast.sum_grad_squared_linear_(out.detach(), inputs.detach(), grad_outputs.detach(), scale)
+    warn_if_slow(out.device.type, "sum_grad_squared_linear_")
+    torch.ops.unlearn_fast.sum_grad_squared_linear_(
+        out.detach(), inputs.detach(), grad_outputs.detach(), None, None, scale, False
+    )
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
@@ -68,7 +70,15 @@ def _check(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
         raise ValueError("out has overlapping (expanded) memory: give it memory of its own")
 
 
-def _add_squares(out: Tensor, inputs: Tensor, grad_outputs: Tensor, scale: float) -> None:
+def _add_squares(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None,
+    first: Tensor | None,
+    scale: float,
+    absolute: bool,
+) -> None:
     reference.sum_grad_squared_linear_(out, inputs, grad_outputs, scale=scale)
 
 
