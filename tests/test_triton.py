@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("operator", ["linear"])
+@pytest.mark.parametrize("operator", ["linear", "conv", "embedding", "scale"])
 def test_interpreted(operator):
     command = [
         sys.executable,

@@ -48,26 +48,26 @@ def finish(out, place, mask, total, scale, ADD: tl.constexpr):
 
 
 @triton.jit
-def add_parts_kernel(out, parts, S, M, N, scale: tl.float64, part_s, out_m, out_n, BLOCK: tl.constexpr):
-    """out[m, n] += scale * sum_s parts[s, m, n], in the order of s: the second stage of every sum that is split.
+def add_parts_kernel(out, parts, S, L, M, N, scale: tl.float64, part_s, out_l, out_m, out_n, BLOCK: tl.constexpr):
+    """out[l, m, n] += scale * sum_s parts[s, l, m, n], in the order of s: the second stage of every sum that is split.
 
     One program a block of elements; reads the parts once, reads and writes out once. No atomics: two runs give the same
     bits.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < tl.cast(M, tl.int64) * N
+    rows = offs // N
+    mask = rows < tl.cast(L, tl.int64) * M
     total = tl.zeros([BLOCK], out.dtype.element_ty)
     for s in range(S):
         total += tl.load(parts + tl.cast(s, tl.int64) * part_s + offs, mask=mask, other=0)
-    finish(out, offs // N * out_m + offs % N * out_n, mask, total, scale, ADD=True)
+    finish(out, rows // M * out_l + rows % M * out_m + offs % N * out_n, mask, total, scale, ADD=True)
 
 
 def add_parts(out: Tensor, parts: Tensor, scale: float) -> None:
-    """out [M, N] += scale * parts.sum(0), for parts [S, M, N] that are contiguous but for their first axis."""
-    M, N = out.shape
+    """out [L, M, N] += scale * parts.sum(0), for parts [S, ...] in the order of out's axes, contiguous but for S."""
     block = 512
-    add_parts_kernel[(triton.cdiv(M * N, block),)](
-        out, parts, len(parts), M, N, scale, parts.stride(0), out.stride(0), out.stride(1), BLOCK=block, num_warps=4
+    add_parts_kernel[(triton.cdiv(out.numel(), block),)](
+        out, parts, len(parts), *out.shape, scale, parts.stride(0), *out.stride(), BLOCK=block, num_warps=4
     )
 
 
@@ -93,11 +93,21 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def default_tile(tiles: Sequence[Tile], O: int, I: int) -> Tile:  # noqa: E741
+    """The tile that computes least beyond an [O, I] output; where that is equal a larger one, which loads less."""
+
+    def cost(tile: Tile) -> float:
+        area = triton.cdiv(O, tile.o) * tile.o * triton.cdiv(I, tile.i) * tile.i
+        return area * (1 + 16 / tile.o + 16 / tile.i)
+
+    return min(tiles, key=cost)
+
+
 _measured: dict[Hashable, Tile] = {}
 
 
 def choose(
-    key: Hashable, tiles: Sequence[Tile], default: Tile, like: Tensor, work: int, launch: Callable[[Tile], None]
+    key: Hashable, tiles: Sequence[Tile], default: Tile, like: Tensor, work: int, launch: Callable[[Tile], object]
 ) -> Tile:
     """The fastest of `tiles`, measured at the first call with this key; `launch` must write to scratch memory only.
 
@@ -111,7 +121,7 @@ def choose(
     return _measured[key]
 
 
-def _milliseconds(launch: Callable[[Tile], None], tile: Tile) -> float:
+def _milliseconds(launch: Callable[[Tile], object], tile: Tile) -> float:
     try:
         return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20)
     except triton.runtime.OutOfResources:  # a GPU with less shared memory

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-OPERATORS = ("linear",)
+OPERATORS = ("linear", "conv", "embedding", "scale")
 KINDS = {  # title -> dtype of the inputs, torch's setting for float32 products
     "bfloat16": (torch.bfloat16, "ieee"),
     "float16": (torch.float16, "ieee"),

@@ -19,10 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unlearn_fast.ops._triton import Tile, add_parts, choose, finish, moment, precision, processors, product, splits
+from unlearn_fast.ops._triton import (
+    Tile,
+    add_parts,
+    choose,
+    default_tile,
+    finish,
+    moment,
+    precision,
+    processors,
+    product,
+    splits,
+)
 
-# Kind of products -> tiles; the first is the default for large outputs, the last for small ones. None of them spills
-# registers on sm_80, sm_90 or sm_100 (tests/test_triton_compiled.py); a first moment is one more tile of registers.
+# Kind of products -> tiles. None of them spills registers on sm_80, sm_90 or sm_100 (tests/test_triton_compiled.py); a
+# first moment is one more tile of registers.
 TILES = {
     "16 bit": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
@@ -208,14 +219,13 @@ class Launch:
             self.a_max = self.g_max = None
 
     def run(self, out: Tensor, first: Tensor | None, scale: float) -> None:
-        small = self.O <= 64 or self.I <= 64
         key = (self.O, self.I, self.single, self.precision, self.a.dtype, first is None, self.a.device)
         work = 2 * self.B * self.T * self.O * self.I
 
         def measure(tile: Tile) -> None:
             self.launch(tile, torch.empty_like(out), None if first is None else torch.empty_like(out), scale)
 
-        tile = choose(key, self.tiles, self.tiles[-1 if small else 0], out, work, measure)
+        tile = choose(key, self.tiles, default_tile(self.tiles, self.O, self.I), out, work, measure)
         self.launch(tile, out, first, scale)
 
     def launch(self, tile: Tile, out: Tensor, first: Tensor | None, scale: float) -> None:
@@ -229,9 +239,9 @@ class Launch:
             return self._kernel(tile, (tiles, 1), examples, places, scale)
         space = out.new_empty(1 if first is None else 2, parts, self.O, self.I)
         self._kernel(tile, (tiles, parts), examples, [space[0], None if first is None else space[1]], None)
-        add_parts(out, space[0], scale)
+        add_parts(out.unsqueeze(0), space[0], scale)
         if first is not None:
-            add_parts(first, space[1], scale)
+            add_parts(first.unsqueeze(0), space[1], scale)
 
     def _kernel(
         self, tile: Tile, grid: tuple[int, int], examples: int, places: list[Tensor | None], scale: float | None
