@@ -47,7 +47,7 @@ def finish(out, place, mask, total, scale, ADD: tl.constexpr):
     tl.store(out + place, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def add_parts_kernel(out, parts, S, L, M, N, scale: tl.float64, part_s, out_l, out_m, out_n, BLOCK: tl.constexpr):
     """out[l, m, n] += scale * sum_s parts[s, l, m, n], in the order of s: the second stage of every sum that is split.
 
@@ -85,6 +85,21 @@ def processors(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def fitting(tiles: Sequence[Tile], like: Tensor) -> tuple[Tile, ...]:
+    """Those whose load pipeline, for elements of `like`, fits into its GPU's shared memory."""
+    if not like.is_cuda:
+        return tuple(tiles)
+    limit = _shared_memory(like.device.index)
+    fit = tuple(t for t in tiles if (t.o + t.i) * t.t * t.stages * like.element_size() <= limit)
+    return fit or tuple(tiles[-1:])
+
+
+@lru_cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a program may have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 def precision(dtype: torch.dtype) -> str:

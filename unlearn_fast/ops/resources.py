@@ -116,20 +116,19 @@ def _recording() -> Iterator[list[Recorded]]:
 
 
 def table() -> Iterator[str]:
-    """Markdown: registers a thread, and where it is not 0, the stack."""
+    """Markdown: registers a thread, and the stack where it is not 0; kinds of inputs with equal figures share a row."""
     yield f"| kernel | inputs | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | shared memory |"
     yield "|" + "---|" * (3 + len(ARCHITECTURES))
     for operator in OPERATORS:
+        rows: dict[tuple[str, str], list[str]] = {}
         for kind in KINDS:
-            seen: set[str] = set()
-            for title, recorded in shipped(operator, kind):
-                if title in seen:
-                    continue
-                seen.add(title)
+            for title, recorded in dict(shipped(operator, kind)).items():
                 found = [usage(compiled(recorded, a)) for a in ARCHITECTURES]
                 cells = [f"{u.registers}" + (f", stack {u.stack}" if u.stack else "") for u in found]
-                shared = f"{max(u.shared for u in found) / 1024:.0f} KiB"
-                yield f"| {operator}: {title} | {kind} | {' | '.join(cells)} | {shared} |"
+                figures = f"{' | '.join(cells)} | {max(u.shared for u in found) / 1024:.0f} KiB"
+                rows.setdefault((title, figures), []).append(kind)
+        for (title, figures), kinds in rows.items():
+            yield f"| {operator}: {title} | {'; '.join(kinds)} | {figures} |"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from unlearn_fast.ops._triton import (
     add_parts,
     choose,
     default_tile,
+    fitting,
     moment,
     precision,
     processors,
@@ -45,7 +46,7 @@ TILES = {
 TILES_WITH_FIRST = {kind: tuple(t for t in tiles if t.o * t.i <= 128 * 64) for kind, tiles in TILES.items()}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "examples"])  # other batches need no other code
 def images_kernel(
     parts, parts_first, x, g, weights,
     B, T, O, C, examples,  # T: images times positions; O, C: of a group; examples: of a program
@@ -215,7 +216,7 @@ class Launch:
         self.B, self.T = x.shape[0], g.shape[1] * g.shape[3]
         self.precision = precision(x.dtype)
         kind = {2: "16 bit", 4: self.precision, 8: "float64"}[x.element_size()]
-        self.tiles = (TILES, TILES_WITH_FIRST)[with_first][kind]
+        self.tiles = fitting((TILES, TILES_WITH_FIRST)[with_first][kind], x)
 
     def run(self, places: list[Tensor | None], scale: float) -> None:
         """places: out and first as [O, C, taps]."""

@@ -25,6 +25,7 @@ from unlearn_fast.ops._triton import (
     choose,
     default_tile,
     finish,
+    fitting,
     moment,
     precision,
     processors,
@@ -55,7 +56,7 @@ PRODUCT_TILES_WITH_FIRST = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "examples"])  # other batches need no other code
 def examples_kernel(
     out, first, a, g, weights, scale: tl.float64,
     B, T, O, I, examples,  # examples: of a program
@@ -121,7 +122,7 @@ def power_of_two(magnitude, INVERSE: tl.constexpr):
     return bits.to(magnitude.dtype, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "examples"])
 def products_kernel(
     out, first, a, g, weights, a_max, g_max, scale: tl.float64,
     B, O, I, examples,
@@ -210,7 +211,7 @@ class Launch:
         if self.single and kind == "16 bit":
             kind = self.precision = "tf32x3"  # a 16-bit float's square has more digits than TF32: two pieces hold it
         tiles = (PRODUCT_TILES, PRODUCT_TILES_WITH_FIRST) if self.single else (TILES, TILES_WITH_FIRST)
-        self.tiles = tiles[with_first][kind]
+        self.tiles = fitting(tiles[with_first][kind], a)
         if self.single and not absolute:
             wide = torch.promote_types(a.dtype, torch.float32)
             norm = torch.linalg.vector_norm

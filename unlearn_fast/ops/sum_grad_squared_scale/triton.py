@@ -41,7 +41,7 @@ def sum_of_positions(
     return tl.sum(total, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "positions"])
 def positions_kernel(
     sums, x, g, B, T, C, positions, x_b, x_t, x_c, g_b, g_t, g_c, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -57,7 +57,7 @@ def positions_kernel(
     tl.store(place[None, :], total, mask=(c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "examples"])  # other batches need no other code
 def channels_kernel(
     out, first, x, g, weights, scale: tl.float64,
     B, T, C, examples,
@@ -141,7 +141,7 @@ def blocks(g: Tensor) -> tuple[int, int, int]:
     """Examples, positions and channels of a block: long along the axis that is contiguous in memory."""
     B, T, C = (triton.next_power_of_2(n) for n in g.shape)
     if g.stride(1) == 1 and g.stride(2) != 1:
-        block_t = min(T, 512)
+        block_t = min(T, 256)
         block_c = min(C, ELEMENTS // block_t)
     else:
         block_c = min(C, 128)
