@@ -35,8 +35,10 @@ def moment(gradient, ABSOLUTE: tl.constexpr):
 
 @triton.jit
 def product(g, a, total, PRECISION: tl.constexpr):
-    """total + g^T a, for g [t, o] and a [t, i]."""
-    return tl.dot(tl.trans(g), a, total, input_precision=PRECISION, out_dtype=total.dtype)
+    """total + g a, for g [o, t] and a [t, i]: loaded in that shape, since a transposition would keep sm_80 from loading
+    ahead into shared memory.
+    """
+    return tl.dot(g, a, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit

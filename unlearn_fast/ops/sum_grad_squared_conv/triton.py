@@ -85,7 +85,7 @@ def images_kernel(
     x_columns = c[None, :].to(tl.int64) * x_c + (
         tl.cast(shift0, tl.int64) * x_0 + tl.cast(shift1, tl.int64) * x_1 + tl.cast(shift2, tl.int64) * x_2
     )
-    g_columns = o[None, :].to(tl.int64) * g_o
+    g_rows = o[:, None].to(tl.int64) * g_o
     offs_t = tl.arange(0, BLOCK_T)
     gradient = tl.zeros([BLOCK_O, BLOCK_I], parts.dtype.element_ty)
     total = gradient
@@ -97,19 +97,20 @@ def images_kernel(
     steps = (tl.minimum(b + examples, B) - b) * tl.cdiv(T, BLOCK_T)
     t0 = tl.program_id(1) * 0
     for _ in range(steps):
-        t = (t0 + offs_t)[:, None]
+        t = t0 + offs_t
         mask_t = t < T
-        p = t if ONE_IMAGE else t % P
+        position = t if ONE_IMAGE else t % P
+        g_columns = position.to(tl.int64) * g_p
+        p = position[:, None]
         position2 = p % n2 * stride2 - padding2
         position1 = p // n2 % n1 * stride1 - padding1
         position0 = p // (n2 * n1) * stride0 - padding0
         x_rows = position0.to(tl.int64) * x_0 + position1.to(tl.int64) * x_1 + position2.to(tl.int64) * x_2
-        g_rows = p.to(tl.int64) * g_p
         if not ONE_IMAGE:
             w = (t // P).to(tl.int64)
-            x_rows += w * x_w
-            g_rows += w * g_w
-        inside = mask_t
+            x_rows += w[:, None] * x_w
+            g_columns += w * g_w
+        inside = mask_t[:, None]
         if PADDED:
             inside &= (position2 + shift2 >= 0) & (position2 + shift2 < size2)
             if AXES >= 2:
@@ -117,7 +118,7 @@ def images_kernel(
             if AXES >= 3:
                 inside &= (position0 + shift0 >= 0) & (position0 + shift0 < size0)
         x_values = tl.load(x + b * x_b + (x_rows + x_columns), mask=inside & mask_i[None, :], other=0)
-        g_values = tl.load(g + b * g_b + (g_rows + g_columns), mask=mask_t & mask_o[None, :], other=0)
+        g_values = tl.load(g + b * g_b + (g_rows + g_columns[None, :]), mask=mask_o[:, None] & mask_t[None, :], other=0)
         gradient = product(g_values, x_values, gradient, PRECISION)
         last = t0 + BLOCK_T >= T
         if last:

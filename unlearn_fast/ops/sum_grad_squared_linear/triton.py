@@ -72,7 +72,7 @@ def examples_kernel(
     offs_o, offs_i, offs_t = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_T)
     mask_o, mask_i = o0 + offs_o < O, i0 + offs_i < I
     a_tile = a + i0 * a_i + (offs_t.to(tl.int64)[:, None] * a_t + offs_i.to(tl.int64)[None, :] * a_i)
-    g_tile = g + o0 * g_o + (offs_t.to(tl.int64)[:, None] * g_t + offs_o.to(tl.int64)[None, :] * g_o)
+    g_tile = g + o0 * g_o + (offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t)
     gradient = tl.zeros([BLOCK_O, BLOCK_I], out.dtype.element_ty)
     total = gradient
     if first is not None:
@@ -82,9 +82,9 @@ def examples_kernel(
     steps = (tl.minimum(b + examples, B) - b) * tl.cdiv(T, BLOCK_T)
     t = b * 0
     for _ in range(steps):
-        mask_t = t + offs_t[:, None] < T
-        a_values = tl.load(a_tile + (b * a_b + t * a_t), mask=mask_t & mask_i[None, :], other=0)
-        g_values = tl.load(g_tile + (b * g_b + t * g_t), mask=mask_t & mask_o[None, :], other=0)
+        mask_t = t + offs_t < T
+        a_values = tl.load(a_tile + (b * a_b + t * a_t), mask=mask_t[:, None] & mask_i[None, :], other=0)
+        g_values = tl.load(g_tile + (b * g_b + t * g_t), mask=mask_o[:, None] & mask_t[None, :], other=0)
         gradient = product(g_values, a_values, gradient, PRECISION)
         last = t + BLOCK_T >= T
         if last:
@@ -146,7 +146,7 @@ def products_kernel(
         total_first = total
     if not ABSOLUTE:
         a_scale = power_of_two(tl.load(a_max + i, mask=mask_i, other=1), INVERSE=False)[None, :]
-        g_scale = power_of_two(tl.load(g_max + o, mask=mask_o, other=1), INVERSE=False)[None, :]
+        g_scale = power_of_two(tl.load(g_max + o, mask=mask_o, other=1), INVERSE=False)[:, None]
 
     begin = split * examples
     end = tl.minimum(begin + examples, B)
@@ -154,7 +154,7 @@ def products_kernel(
         b = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
         mask_b = b < end
         a_values = tl.load(a + (b[:, None] * a_b + i[None, :] * a_i), mask=mask_b[:, None] & mask_i[None, :], other=0)
-        g_values = tl.load(g + (b[:, None] * g_b + o[None, :] * g_o), mask=mask_b[:, None] & mask_o[None, :], other=0)
+        g_values = tl.load(g + (o[:, None] * g_o + b[None, :] * g_b), mask=mask_o[:, None] & mask_b[None, :], other=0)
         a_values, g_values = a_values.to(total.dtype), g_values.to(total.dtype)
         if ABSOLUTE:
             a_moment, g_moment = tl.abs(a_values), tl.abs(g_values)
@@ -162,7 +162,7 @@ def products_kernel(
             a_moment, g_moment = a_values * a_scale, g_values * g_scale
             a_moment, g_moment = a_moment * a_moment, g_moment * g_moment
         if weights is not None:
-            w = tl.load(weights + b * weights_b, mask=mask_b, other=0)[:, None]
+            w = tl.load(weights + b * weights_b, mask=mask_b, other=0)[None, :]
             g_moment *= w
             g_values *= w
         total = product(g_moment, a_moment, total, PRECISION)
