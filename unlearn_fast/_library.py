@@ -1,10 +1,12 @@
 """Every operator's schema, once, and the compiled parts, loaded once.
 
 Implementations register themselves with PyTorch's dispatcher: the CPU key is served by `_cpu` (C++), the CUDA key by
-`_cuda`, and every other device, or a missing part, by the plain-torch reference (CompositeExplicitAutograd).
+`_cuda` or by Triton, and every other device, or a missing part, by the plain-torch reference
+(CompositeExplicitAutograd).
 """
 
 import importlib
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -56,6 +58,14 @@ SCHEMAS = {
     ),
 }
 
+# Served by Triton on CUDA: by the function of the same name in `unlearn_fast.ops.<name>.triton`.
+TRITON = (
+    "sum_grad_squared_linear_",
+    "sum_grad_squared_conv_",
+    "sum_grad_squared_embedding_",
+    "sum_grad_squared_scale_",
+)
+
 LIBRARY = torch.library.Library("unlearn_fast", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
@@ -63,7 +73,7 @@ for _name, _schema in SCHEMAS.items():
 _PACKAGE = Path(__file__).parent
 
 missing: dict[str, str] = {}
-"""Compiled part ("cpu", "cuda", "native") -> why it does not serve here."""
+"""Part ("cpu", "cuda", "native", "triton") -> why it does not serve here."""
 
 
 def _build_reason() -> str:
@@ -105,6 +115,24 @@ else:
     _load("cuda")
 
 
+def _implement_in_triton(name: str) -> None:
+    """Registers a function for the CUDA key that imports triton at its first call, and not before."""
+
+    def launch(*arguments: Any) -> None:
+        module = importlib.import_module(f"unlearn_fast.ops.{name.rstrip('_')}.triton")
+        getattr(module, name)(*arguments)
+
+    LIBRARY.impl(name, launch, "CUDA")
+
+
+_triton = importlib.util.find_spec("triton")
+if _triton is None or _triton.origin is None:  # a folder that happens to be called triton has no origin
+    missing["triton"] = "triton is not installed: `pip install triton`"
+else:
+    for _name in TRITON:
+        _implement_in_triton(_name)
+
+
 def implement(name: str, function: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> None:
     """Registers `function` for the operator `name` under a key; by default for all devices without their own."""
     LIBRARY.impl(name, function, key)
@@ -130,22 +158,28 @@ def not_twice_differentiable(name: str) -> None:
 
 
 def implementation(name: str, device: str) -> str:
-    """What serves the operator `name` on a device type: "c++", "cuda" or "reference"."""
+    """What serves the operator `name` on a device type: "c++", "cuda", "triton" or "reference"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"unlearn_fast::{name}", key):
-        return {"CPU": "c++", "CUDA": "cuda"}[key]
+        return "c++" if key == "CPU" else part_on(name, device)
     return "reference"
+
+
+def part_on(name: str, device: str) -> str:
+    """The part that serves the operator `name` on a device type, where it is not missing."""
+    return "triton" if device == "cuda" and name in TRITON else device
 
 
 _warned: set[str] = set()
 
 
-def warn_if_slow(device: str) -> None:
-    """Warns, once for a device type, that its compiled part is missing and the plain-torch references serve."""
-    if device in missing and device not in _warned and not torch.compiler.is_compiling():
+def warn_if_slow(device: str, name: str = "") -> None:
+    """Warns, once for a device type, that the part that would serve the operator `name` there is missing."""
+    part = part_on(name, device)
+    if part in missing and device not in _warned and not torch.compiler.is_compiling():
         _warned.add(device)
         warnings.warn(
-            f"unlearn_fast runs its slow plain-torch references on {device}: {missing[device]}."
+            f"unlearn_fast runs its slow plain-torch references on {device}: {missing[part]}."
             " `unlearn_fast info` tells more.",
             RuntimeWarning,
             stacklevel=3,

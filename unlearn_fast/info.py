@@ -108,13 +108,13 @@ def _cuda_build(build: dict[str, Any]) -> str:
 
 
 def _served(name: str, device: str) -> dict[str, str]:
-    implementation = _library.implementation(name, device)
+    implementation, part = _library.implementation(name, device), _library.part_on(name, device)
     if implementation == "reference" and name in COMPOSED:
         inner = COMPOSED[name]
         why = f"torch's matrix products in chunks of rows, then {inner} ({_library.implementation(inner, device)})"
         return {"implementation": "composed", "why": why}
     if implementation == "reference":
-        return {"implementation": implementation, "why": _library.missing.get(device, f"it has no {device} kernel")}
+        return {"implementation": implementation, "why": _library.missing.get(part, f"it has no {device} kernel")}
     if device == "cpu":
         return {"implementation": implementation, "why": "compiled part _cpu is loaded"}
     if not torch.cuda.is_available():

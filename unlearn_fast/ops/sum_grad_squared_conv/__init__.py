@@ -58,7 +58,7 @@ def sum_grad_squared_conv_(
     _checks.layer_tensors(out, inputs, grad_outputs)
     settings = _settings(out, inputs, grad_outputs, stride, padding, dilation, groups)
     _checks.moments(out, first, weights, inputs.shape[0])
-    warn_if_slow(out.device.type)
+    warn_if_slow(out.device.type, "sum_grad_squared_conv_")
     if inputs.dim() == out.dim():
         inputs, grad_outputs = inputs.unsqueeze(1), grad_outputs.unsqueeze(1)
     layer = (t.detach() for t in (out, inputs, grad_outputs))

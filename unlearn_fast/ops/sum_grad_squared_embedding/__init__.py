@@ -45,7 +45,7 @@ def sum_grad_squared_embedding_(
     """
     _check(out, tokens, grad_outputs)
     _checks.moments(out, first, weights, len(tokens))
-    warn_if_slow(out.device.type)
+    warn_if_slow(out.device.type, "sum_grad_squared_embedding_")
     optional = [None if x is None else x.detach() for x in (weights, first)]
     torch.ops.unlearn_fast.sum_grad_squared_embedding_(
         out.detach(), tokens, grad_outputs.detach(), *optional, scale, absolute

@@ -43,7 +43,7 @@ def sum_grad_squared_linear_(
     """
     _check(out, inputs, grad_outputs)
     _checks.moments(out, first, weights, inputs.shape[0])
-    warn_if_slow(out.device.type)
+    warn_if_slow(out.device.type, "sum_grad_squared_linear_")
     tensors = (None if t is None else t.detach() for t in (out, inputs, grad_outputs, weights, first))
     torch.ops.unlearn_fast.sum_grad_squared_linear_(*tensors, scale, absolute)
     _checks.written(out, first)

@@ -44,7 +44,7 @@ def sum_grad_squared_scale_(
     """
     _check(out, inputs, grad_outputs)
     _checks.moments(out, first, weights, len(grad_outputs))
-    warn_if_slow(out.device.type)
+    warn_if_slow(out.device.type, "sum_grad_squared_scale_")
     inputs, weights_, first_ = (None if x is None else x.detach() for x in (inputs, weights, first))
     torch.ops.unlearn_fast.sum_grad_squared_scale_(
         out.detach(), inputs, grad_outputs.detach(), weights_, first_, scale, absolute

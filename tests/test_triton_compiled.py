@@ -1,0 +1,42 @@
+"""The Triton kernels compiled ahead of time, without a GPU: no configuration that is shipped spills registers."""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+
+from unlearn_fast.ops import resources
+
+# The rest of the matrix, which the test below leaves out for its time: `python -m unlearn_fast.ops.resources`.
+MATRIX = [
+    ("bfloat16", 80),
+    ("bfloat16", 90),
+    ("bfloat16", 100),
+    ("float32, TF32", 80),
+    ("float32, TF32", 90),
+    ("float32, IEEE", 90),
+    ("float64", 90),
+]
+
+
+@pytest.mark.parametrize("operator", resources.OPERATORS)
+@pytest.mark.parametrize(("kind", "architecture"), MATRIX)
+@pytest.mark.slow
+def test_no_register_is_spilled(operator, kind, architecture):
+    seen = 0
+    for title, recorded in resources.shipped(operator, kind):
+        kernel = resources.compiled(recorded, architecture)
+        found = resources.usage(kernel)
+        assert found.stack == 0, f"{title}: {found}"
+        if recorded.options.get("num_stages", 0) > 2:
+            assert loads_in_flight(kernel) > 0, title
+        seen += 1
+    assert seen
+
+
+def loads_in_flight(kernel) -> int:
+    """How many asynchronous copies the main loop leaves unfinished: 0 where it waits for what it has just asked for."""
+    code = kernel.asm["ttgir"]
+    loop = code[code.index("scf.for") :]
+    return int(re.findall(r"async_wait.*?num = (\d+)", loop)[0])

@@ -1,0 +1,145 @@
+"""What the Triton kernels share: how a gradient enters the sums, the second stage of split sums, how work is split, and
+which tiles serve.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WORTH_TUNING = 2**31  # floating-point operations of a call; below, the default tile serves and nothing is measured
+INTERPRETED_PROCESSORS = 6  # of the GPU that CPU tensors, that is the interpreter, pretend to run on
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's output tile, positions a step, warps, and stages of the load pipeline."""
+
+    o: int
+    i: int
+    t: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.o} x {self.i} x {self.t}, {self.warps} warps, {self.stages} stages"
+
+
+@triton.jit
+def moment(gradient, ABSOLUTE: tl.constexpr):
+    return tl.abs(gradient) if ABSOLUTE else gradient * gradient
+
+
+@triton.jit
+def product(g, a, total, PRECISION: tl.constexpr):
+    """total + g a, for g [o, t] and a [t, i]: loaded in that shape, since a transposition would keep sm_80 from loading
+    ahead into shared memory.
+    """
+    return tl.dot(g, a, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def finish(out, place, mask, total, scale, ADD: tl.constexpr):
+    """out += scale * total, or, for the part of a split sum, out = total."""
+    if ADD:
+        total = tl.load(out + place, mask=mask) + tl.full(total.shape, scale, total.dtype) * total
+    tl.store(out + place, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["S"])
+def add_parts_kernel(out, parts, S, L, M, N, scale: tl.float64, part_s, out_l, out_m, out_n, BLOCK: tl.constexpr):
+    """out[l, m, n] += scale * sum_s parts[s, l, m, n], in the order of s: the second stage of every sum that is split.
+
+    One program a block of elements; reads the parts once, reads and writes out once. No atomics: two runs give the same
+    bits.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows = offs // N
+    mask = rows < tl.cast(L, tl.int64) * M
+    total = tl.zeros([BLOCK], out.dtype.element_ty)
+    for s in range(S):
+        total += tl.load(parts + tl.cast(s, tl.int64) * part_s + offs, mask=mask, other=0)
+    finish(out, rows // M * out_l + rows % M * out_m + offs % N * out_n, mask, total, scale, ADD=True)
+
+
+def add_parts(out: Tensor, parts: Tensor, scale: float) -> None:
+    """out [L, M, N] += scale * parts.sum(0), for parts [S, ...] in the order of out's axes, contiguous but for S."""
+    block = 512
+    add_parts_kernel[(triton.cdiv(out.numel(), block),)](
+        out, parts, len(parts), *out.shape, scale, parts.stride(0), *out.stride(), BLOCK=block, num_warps=4
+    )
+
+
+@lru_cache(maxsize=4096)
+def splits(tiles: int, steps: int, processors: int) -> int:
+    """Into how many parts a sum over `steps` is split, so that tiles * parts programs end soonest.
+
+    At most four programs a processor, which also bounds the memory of the parts.
+    """
+    most = max(1, min(steps, 4 * processors // tiles))
+    return min(range(1, most + 1), key=lambda s: (triton.cdiv(tiles * s, processors) * triton.cdiv(steps, s), s))
+
+
+def processors(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def fitting(tiles: Sequence[Tile], like: Tensor) -> tuple[Tile, ...]:
+    """Those whose load pipeline, for elements of `like`, fits into its GPU's shared memory."""
+    if not like.is_cuda:
+        return tuple(tiles)
+    limit = _shared_memory(like.device.index)
+    fit = tuple(t for t in tiles if (t.o + t.i) * t.t * t.stages * like.element_size() <= limit)
+    return fit or tuple(tiles[-1:])
+
+
+@lru_cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a program may have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: float32 in TF32 only where torch's setting for matrix products allows it."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def default_tile(tiles: Sequence[Tile], O: int, I: int) -> Tile:  # noqa: E741
+    """The tile that computes least beyond an [O, I] output; where that is equal a larger one, which loads less."""
+
+    def cost(tile: Tile) -> float:
+        area = triton.cdiv(O, tile.o) * tile.o * triton.cdiv(I, tile.i) * tile.i
+        return area * (1 + 16 / tile.o + 16 / tile.i)
+
+    return min(tiles, key=cost)
+
+
+_measured: dict[Hashable, Tile] = {}
+
+
+def choose(
+    key: Hashable, tiles: Sequence[Tile], default: Tile, like: Tensor, work: int, launch: Callable[[Tile], object]
+) -> Tile:
+    """The fastest of `tiles`, measured at the first call with this key; `launch` must write to scratch memory only.
+
+    `default`, where measuring is impossible (the interpreter, a CUDA graph's capture) or not worth it.
+    """
+    if key in _measured:
+        return _measured[key]
+    if not like.is_cuda or work < WORTH_TUNING or torch.cuda.is_current_stream_capturing():
+        return default
+    _measured[key] = min(tiles, key=lambda tile: _milliseconds(launch, tile))
+    return _measured[key]
+
+
+def _milliseconds(launch: Callable[[Tile], object], tile: Tile) -> float:
+    try:
+        return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20)
+    except triton.runtime.OutOfResources:  # a GPU with less shared memory
+        return float("inf")
