@@ -17,13 +17,13 @@ from unlearn_fast.fisher.per_example import PerExample
 def checks(monkeypatch):
     """How many batches were checked."""
     made = []
-    add_checked = PerExample._add_checked
+    check = PerExample._check
 
     def counted(self, *arguments):
         made.append(1)
-        return add_checked(self, *arguments)
+        return check(self, *arguments)
 
-    monkeypatch.setattr(PerExample, "_add_checked", counted)
+    monkeypatch.setattr(PerExample, "_check", counted)
     return made
 
 
@@ -90,7 +90,7 @@ def test_rows_chosen_by_a_mask_are_checked_on_every_batch(checks):
         x.abs_()[:, 5:] *= -1
     messages = assert_exact(Wiring(forward, chosen=nn.Linear(1, 5), head=nn.Linear(5, 4)), batches)
     assert len(messages) == 1 and "chosen (Linear)" in messages[0]
-    assert len(checks) == 4
+    assert len(checks) == 1 + 4  # of three examples first
 
 
 def test_experts_chosen_by_a_router(checks):

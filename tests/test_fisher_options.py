@@ -122,11 +122,11 @@ def test_unknown_labels(losses):
 def test_weighted_losses_must_fit():
     model, x = mlp(), torch.randn(4, 9)
     for weights, message in (
-        (torch.ones(4, 2), r"both must be \[B, K\]"),
-        (torch.ones(4, 4, requires_grad=True), "detach them"),
+        (lambda n: torch.ones(n, 2), r"both must be \[B, K\]"),
+        (lambda n: torch.ones(n, 4, requires_grad=True), "detach them"),
     ):
         with pytest.raises(ValueError, match=message):
-            fisher(model, [x], lambda m, b, w=weights: WeightedLosses(m(b), w))
+            fisher(model, [x], lambda m, b, w=weights: WeightedLosses(m(b), w(len(b))))
 
 
 def test_example_weights():

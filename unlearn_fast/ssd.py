@@ -8,8 +8,8 @@ from torch import nn
 
 from unlearn_fast._report import DampenReport
 from unlearn_fast.fisher import Importance, diagonal_fisher
-from unlearn_fast.fisher.diagonal import Losses
 from unlearn_fast.fisher.importance import model_fingerprint
+from unlearn_fast.fisher.per_example import Losses
 from unlearn_fast.ops.dampen import check_settings, dampen_
 
 

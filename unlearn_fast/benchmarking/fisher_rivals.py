@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 Batches = Sequence[Any]
-Losses = Callable[[nn.Module, Any], Tensor]
+Losses = Callable[..., Any]  # (model, batch) -> [B]
 Fisher = tuple[Tensor | None, ...]
 
 

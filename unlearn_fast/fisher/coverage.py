@@ -7,9 +7,9 @@ from torch import nn
 
 from unlearn_fast.fisher.accumulation import Accumulation
 from unlearn_fast.fisher.batches import batch_size, examples
-from unlearn_fast.fisher.calls import module_rule
 from unlearn_fast.fisher.diagonal import prepared
 from unlearn_fast.fisher.per_example import Losses, PerExample
+from unlearn_fast.fisher.rules import module_rule
 
 # Modules of torch whose forward is made of functions with a known rule: module type -> rule.
 EXPECTED: dict[type[nn.Module], str] = {

@@ -50,7 +50,7 @@ class Expression:
     @classmethod
     def of_parameter(cls, name: str, param: Tensor) -> "Expression":
         contiguous = param if param.is_contiguous() else torch.empty(param.shape, device="meta")
-        return cls(name, param, region=Region(tuple(param.shape), contiguous.stride(), 0))
+        return cls(name, param, region=Region(tuple(param.shape), tuple(contiguous.stride()), 0))
 
     def pull_back(self, gradients: Tensor) -> list[Tensor]:
         """[m, *own shape] -> [m, *shape] for each parent."""
@@ -71,7 +71,7 @@ def region_of_view(parent: Expression, leaf: Tensor, value: Tensor) -> Region | 
     if value.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
         return None
     offset = parent.region.offset + value.storage_offset() - leaf.storage_offset()
-    return Region(tuple(value.shape), value.stride(), offset)
+    return Region(tuple(value.shape), tuple(value.stride()), int(offset))
 
 
 class PulledBack(PerExampleGradient):

@@ -1,13 +1,9 @@
 """Moments of per-example gradients over batches: the fast pass, its check, and the one-example way for the rest.
 
-The check proves on a whole batch that gradients are attributed to the right examples. With G_b what the fast pass takes
-for the gradient of example b, and random weights w_b, it compares `sum_b w_b G_b` with the ordinary gradient of
-`sum_b w_b loss_b`. They agree for all w if and only if every G_b is the gradient of loss_b; for random w, disagreement
-shows with probability 1. It is made on the first batch, and again whenever the model does something it has not done
+The check (`checking.py`) is made on the first batch, and again whenever the model does something it has not done
 before; on every batch where data-dependent indexing may move examples.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_fast.fisher.batches import examples, with_first_again
-from unlearn_fast.fisher.expressions import Expression, Parts, add_moments, gradients_of, weighted_sum
+from unlearn_fast.fisher.checking import Comparison, random_weights
+from unlearn_fast.fisher.expressions import Expression, add_moments, gradients_of
 from unlearn_fast.fisher.gradients import Moments, dense, wide
 from unlearn_fast.fisher.losses import WeightedLosses
 from unlearn_fast.fisher.planning import Plan, Planner, Record
@@ -25,12 +22,10 @@ from unlearn_fast.fisher.tracing import Trace
 
 Losses = Callable[[nn.Module, Any], Tensor | WeightedLosses]
 
-# How far the two sides of the check may differ, relative to their norm, before the fast way is given up. A wrong
-# attribution is off by about 1; rounding by far less than this.
-TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-2  # the second where anything is computed in 16 bits
-# A gradient that is mathematically zero (an attention key's bias) is rounding noise on both sides: so many ulps of the
-# largest gradient are no disagreement.
-NOISE_ULPS = 64
+
+# Examples of the first batch that are checked: what holds for them holds for all, unless indexing depends on the data,
+# for which whole batches are checked. More than two, since two may happen to be alike.
+FIRST = 3
 
 
 class _HalfDone(RuntimeError):
@@ -53,13 +48,15 @@ class PerExample:
         self.plan: Plan | None = None
         self.slow: dict[str, str] = {}  # parameter -> why it goes the one-example way
         self.saw_gradient = not parameters
-        self.checks = 0
 
     def add(self, batch: Any, n: int) -> None:
+        if self.plan is None and n > FIRST and self._fast():
+            with self._same_random_numbers():
+                self._check(examples(batch, 0, FIRST), FIRST)
         done: set[str] = set()  # parameters whose moments of this batch have been added
         # The ordinary gradient of a single example is its own.
         if n > 1 and self._fast() and (self.plan is None or self.plan.routed or not self._add_fast(batch, n, done)):
-            self._add_checked(batch, n, done)
+            self._check(batch, n, done)
         self._add_slow(batch, n, [name for name in self.parameters if name not in done])
 
     def _fast(self) -> dict[str, nn.Parameter]:
@@ -96,11 +93,11 @@ class PerExample:
 
     # -- the check -------------------------------------------------------------------------------------------------
 
-    def _add_checked(self, batch: Any, n: int, done: set[str]) -> None:
+    def _check(self, batch: Any, n: int, done: set[str] | None = None) -> None:
+        """Makes a plan, finds what it cannot serve, and, given `done`, adds what it can."""
         known = len(self.slow)
-        self.checks += 1
         try:
-            self._check_and_add(batch, n, done)
+            self._compare(batch, n, done)
         except Exception as failure:
             with torch.no_grad(), self._same_random_numbers():
                 self._losses(batch, n)  # raises what the model itself does wrong
@@ -111,70 +108,55 @@ class PerExample:
         if self.warn and len(self.slow) > known:
             self._warn()
 
-    def _check_and_add(self, batch: Any, n: int, done: set[str]) -> None:
-        weights, record = _random_weights(n), Record(n + 1)
-        longer = with_first_again(batch)
+    def _compare(self, batch: Any, n: int, done: set[str] | None) -> None:
+        record, longer = Record(n + 1), with_first_again(batch)
         with self._same_random_numbers(), record.watching(self.model):
             with_one_more, _ = self._losses(longer, n + 1)
         with self._same_random_numbers():
-            alone, expected = self._ordinary_gradients(batch, n, weights)
-        tolerance = NARROW_TOLERANCE if record.narrow else TOLERANCE
-        if not torch.allclose(alone, with_one_more[:n].detach(), 10 * tolerance, 10 * tolerance, equal_nan=True):
-            self.slow.update(dict.fromkeys(self._fast(), "losses depend on the other examples of the batch"))
+            comparison = self._ordinary(batch, n, narrow=record.narrow)
+        if not comparison.same_losses(with_one_more[:, 0]):
+            self.slow.update(dict.fromkeys(self._fast(), "the losses depend on the other examples of the batch"))
             return
-        largest = max((float(g.norm()) for g in expected.values()), default=0.0)
-        noise = NOISE_ULPS * torch.finfo(torch.float32).eps * largest if math.isfinite(largest) else 0.0
         plan = self.plan = Plan()
         trace = Trace(self.model, self._fast(), n, plan, Planner(plan, record, n))
         with trace.watching(self.model):
-            values, of_losses = self._losses(batch, n)
+            values, weights = self._losses(batch, n)
             self.slow.update(plan.opaque)
 
-            def check_and_add(expressions: Sequence[Expression]) -> None:
+            def compare(expressions: Sequence[Expression]) -> None:
                 for name, parts in gradients_of(expressions):
-                    if name not in self.slow and self._agree(
-                        name, parts, weights, expected.pop(name, None), noise, tolerance
-                    ):
-                        add_moments(self._weighted(name, _column(of_losses, 0)), parts)
+                    if name in self.slow:
+                        continue
+                    if not comparison.agrees(name, self.parameters[name], parts):
+                        self.slow[name] = "its gradients could not be told apart by example"
+                    elif done is not None:
+                        add_moments(self._weighted(name, _column(weights, 0)), parts)
                         done.add(name)
 
-            trace.backward(values[:, 0].sum(), check_and_add, retain_graph=_more(values, 0))
-            for name, gradient in expected.items():  # of what the trace has not seen
-                if name not in self.slow and float(gradient.norm()) > noise:
-                    self.slow[name] = "it is used where no torch function shows it"
+            trace.backward(values[:, 0].sum(), compare, retain_graph=_more(values, 0))
+            for name in comparison.unseen():
+                self.slow.setdefault(name, "it is used where no torch function shows it")
+            if done is None:
+                return
             done.update(self._fast())
             for k in range(1, values.shape[1]):
+                adder = self._adder(_column(weights, k))
                 try:
-                    trace.backward(
-                        values[:, k].sum(), self._adder(_column(of_losses, k)), retain_graph=_more(values, k)
-                    )
+                    trace.backward(values[:, k].sum(), adder, retain_graph=_more(values, k))
                 except Exception as failure:
                     raise _HalfDone(f"backward {k} of a batch failed after others had succeeded") from failure
 
-    def _ordinary_gradients(self, batch: Any, n: int, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses, and the gradients of the sum of the weighted first ones."""
-        fast = self._fast()
+    def _ordinary(self, batch: Any, n: int, *, narrow: bool) -> Comparison:
+        """With the ordinary gradients of the weighted losses, of the first of each example where it has several."""
+        fast, weights = self._fast(), random_weights(n)
         with _requiring_grad(fast.values()):
             values, _ = self._losses(batch, n)
-            if not values.requires_grad:
-                return values, {}
-            loss = (values[:, 0] * weights.to(values)).sum()
-            grads = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
-        return values.detach(), {n: dense(g) for n, g in zip(fast, grads, strict=True) if g is not None}
-
-    def _agree(
-        self, name: str, parts: Parts, weights: Tensor, expected: Tensor | None, noise: float, tolerance: float
-    ) -> bool:
-        param = self.parameters[name]
-        ours = weighted_sum(param, weights.to(param.device, wide(param)), parts)
-        theirs = torch.zeros_like(ours) if expected is None else expected.to(ours.dtype)
-        size = float(theirs.norm())
-        if float((ours - theirs).norm()) <= tolerance * size + noise:
-            return True
-        if not math.isfinite(size) and torch.equal(ours.isfinite(), theirs.isfinite()):
-            return True  # gradients that are not finite, in the same places
-        self.slow[name] = "its gradients could not be told apart by example"
-        return False
+            grads: Sequence[Tensor | None] = [None] * len(fast)
+            if values.requires_grad:
+                loss = (values[:, 0] * weights.to(values)).sum()
+                grads = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
+        found = {name: dense(g) for name, g in zip(fast, grads, strict=True) if g is not None}
+        return Comparison(values[:, 0].detach(), weights, found, narrow=narrow)
 
     # -- one example at a time ---------------------------------------------------------------------------------------
 
@@ -241,12 +223,6 @@ def _column(weights: Tensor | None, k: int) -> Tensor | None:
 
 def _more(values: Tensor, k: int) -> bool:
     return k + 1 < values.shape[1]
-
-
-def _random_weights(n: int) -> Tensor:
-    """Between 0.5 and 1.5 in size, of either sign; always the same, so that runs repeat."""
-    generator = torch.Generator().manual_seed(n)
-    return (torch.rand(n, generator=generator) + 0.5) * (1 - 2 * torch.randint(2, (n,), generator=generator))
 
 
 @contextmanager

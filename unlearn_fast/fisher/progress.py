@@ -30,6 +30,6 @@ def _total(batches: Any, n: int) -> int | None:
     """Batches of n each, as far as there are that many examples."""
     if not hasattr(batches, "__len__"):
         return None
-    dataset = getattr(batches, "dataset", None)
-    examples = len(dataset) if hasattr(dataset, "__len__") else len(batches) * n
-    return min(examples, len(batches) * n)
+    dataset: Any = getattr(batches, "dataset", None)
+    most = len(batches) * n
+    return min(most, len(dataset)) if hasattr(dataset, "__len__") else most

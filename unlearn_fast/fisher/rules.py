@@ -229,7 +229,7 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Mapping[str, Use]:
+) -> Mapping[str, Use] | None:
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, eps=eps)
 
@@ -292,7 +292,8 @@ def prelu(input: Tensor, weight: Tensor) -> Mapping[str, Use] | None:
 
 def module_rule(module: nn.Module) -> Rule | None:
     """The rule of the module's type, or of the nearest base type whose forward it has not overridden."""
-    for base in type(module).__mro__:
+    kind: Any = type(module)
+    for base in kind.__mro__:
         if base in RULES:
-            return RULES[base] if type(module).forward is base.forward else None
+            return RULES[base] if kind.forward is base.forward else None
     return None

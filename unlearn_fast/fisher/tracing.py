@@ -54,7 +54,8 @@ class Trace(Watch):
 
     def _places(self, args: Any, kwargs: Any) -> Places:
         """Where expressions are among the arguments."""
-        known, places = self.known, {}
+        known = self.known
+        places: Places = {}
         for i, value in enumerate(args):
             if id(value) in known:
                 places[i] = known[id(value)]
