@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from unlearn_fast.benchmarking import cases
-from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Verdict
-from unlearn_fast.benchmarking.measure import ROUNDS, WARM_UP, make_inputs
+from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Verdict, make_inputs
+from unlearn_fast.benchmarking.measure import ROUNDS, WARM_UP
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unlearn_fast.benchmarking import cases, fisher, fisher_rivals, measure, memory, report
-from unlearn_fast.benchmarking.case import Case, Cost, Verdict, error
+from unlearn_fast.benchmarking.case import Case, Cost, Verdict, error, make_inputs
 
 
 def test_names_are_unique() -> None:
@@ -29,7 +29,7 @@ def test_every_operator_has_a_smallest_case() -> None:
 
 @pytest.mark.parametrize("case", cases.smallest(), ids=lambda case: case.name)
 def test_inputs_are_fresh_and_random(case: Case) -> None:
-    inputs, again = measure.make_inputs(case), measure.make_inputs(case)
+    inputs, again = make_inputs(case), make_inputs(case)
     fresh = case.fresh(inputs)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
@@ -98,7 +98,7 @@ def small_fisher_case() -> fisher.FisherCase:
 def test_fisher_results_are_judged_parameter_by_parameter() -> None:
     case = small_fisher_case()
     ours, library = case.entrants()[0], next(e for e in case.entrants() if e.kind == "library")
-    exact = ours.exact(measure.make_inputs(case))
+    exact = ours.exact(make_inputs(case))
     assert case.verdict(ours, exact, exact) == Verdict(0.0, "")
 
     first = exact[0]
@@ -121,7 +121,7 @@ def test_fisher_results_are_judged_parameter_by_parameter() -> None:
 def test_fisher_rivals_agree_with_single_examples() -> None:
     """Ours, the loop and torch.func on every model; the other libraries may be missing, or wrong."""
     for case in fisher.smallest():
-        inputs = measure.make_inputs(case)
+        inputs = make_inputs(case)
         for entrant in case.entrants():
             if entrant.kind != "library":
                 verdict = case.verdict(entrant, entrant.run(inputs), entrant.exact(inputs))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -95,6 +96,11 @@ class Case:
     def fresh(self, inputs: Inputs) -> Inputs:
         """Inputs for one run. A copied input that requires grad is an activation, no longer a leaf."""
         return {name: value.clone() if name in self.overwritten else value for name, value in inputs.items()}
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Random inputs, the same for a case in every process."""
+    return case.inputs(torch.Generator().manual_seed(zlib.crc32(case.name.encode())))
 
 
 def forward_backward(function: Callable[..., Tensor], *arguments: str, **options: Any) -> Run:

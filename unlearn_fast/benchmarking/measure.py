@@ -4,7 +4,6 @@ import gc
 import statistics
 import time
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unlearn_fast.benchmarking import memory
-from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run
+from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run, make_inputs
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
 BUDGET = 30.0  # seconds of an implementation after which it sits out the rounds left, once it has been in one
@@ -115,11 +114,6 @@ def measure(case: Case, *, cold: bool = True) -> Outcome:
             timings[name].peaks = [memory.peak_bytes(weighed.name, name) for weighed in case.weighed()]
     rate, cost = work / statistics.median(seconds["ceiling"]), case.counted()
     return Outcome(case, list(timings.values()), (cost.flops or cost.bytes) / rate, rate)
-
-
-def make_inputs(case: Case) -> Inputs:
-    """Random inputs, the same for a case in every process."""
-    return case.inputs(torch.Generator().manual_seed(zlib.crc32(case.name.encode())))
 
 
 def _take_turns(case: Case, inputs: Inputs, runs: dict[str, Run], cold: bool) -> dict[str, list[float]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from unlearn_fast.benchmarking import cases, measure
+from unlearn_fast.benchmarking import cases
+from unlearn_fast.benchmarking.case import make_inputs
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_MMAP_THRESHOLD = -3  # glibc's
@@ -43,7 +44,7 @@ def _measure(sender: Connection, case_name: str, entrant_name: str, threads: int
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(_M_MMAP_THRESHOLD, 128 << 10)
     case = cases.find(case_name)
     entrant = next(e for e in case.entrants() if e.name == entrant_name)
-    inputs = measure.make_inputs(case)
+    inputs = make_inputs(case)
     entrant.run(case.fresh(inputs))  # compiles, starts threads
     prepared = case.fresh(inputs)
     ctypes.CDLL(None).malloc_trim(0)  # freed memory must not serve the run unseen
