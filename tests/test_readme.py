@@ -62,6 +62,20 @@ def test_example(number, tmp_path, monkeypatch):
         assert (tmp_path / "reference.safetensors").exists()
 
 
+def test_the_rule_of_the_docs():
+    """It serves its module, and is right."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    namespace: dict[str, object] = {}
+    exec(compile(code, "docs/methods.md", "exec"), namespace)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(namespace["DoubledLinear"](5, 3)), torch.randn(4, 5)
+    losses = lambda m, b: m(b).square().sum(1)  # noqa: E731
+    assert unlearn_fast.coverage(model, x, losses) == {"0.weight": "DoubledLinear"}
+    ours = unlearn_fast.diagonal_fisher(model, [x], losses, progress=False)["0.weight"]
+    squares = [torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0].square() for loss in losses(model, x)]
+    torch.testing.assert_close(ours, torch.stack(squares).mean(0))
+
+
 def test_links():
     for page in (README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
