@@ -34,6 +34,7 @@ class Trace(Watch):
         self.trigger = torch.zeros((), requires_grad=True)
         self.expressions = [Expression.of_parameter(name, p) for name, p in parameters.items()]  # parents first
         self.known = {id(e.tensor): e for e in self.expressions}
+        self.of_root = {str(e.key): [e] for e in self.expressions}
         self.module_names = {module: name for name, module in model.named_modules()}
         self.order: Counter[Hashable] = Counter()  # how often each key occurred
         self.uses: Counter[str] = Counter()  # of each parameter
@@ -204,6 +205,8 @@ class Trace(Watch):
                 region = parent.region if casts else region_of_view(parent, leaf, part)
             made = Expression((key, index), part.detach(), parents, part, push, region)
             self.expressions.append(made)
+            for root in made.roots:
+                self.of_root[root].append(made)
             self.known[id(made.tensor)] = made
             return made.tensor
 
@@ -232,17 +235,17 @@ class Trace(Watch):
             self.in_backward = False
         with unwatched():
             while late := next((e for e in self.expressions if e.gradients), None):  # some uses had no path to the loss
-                self._settle(_connected(late.roots, self.expressions))
+                roots = _connected(late.roots, self.expressions)
+                self._settle([e for e in self.expressions if e.roots & roots])
 
     def _arrived(self, expression: Expression, gradient: PerExampleGradient) -> None:
         expression.gradients.append(gradient)
         self.waiting.subtract(expression.roots)
         root, *others = expression.roots
         if not others and not self.waiting[root] and root not in self.joint:
-            self._settle({root})
+            self._settle(self.of_root[root])
 
-    def _settle(self, roots: set[str]) -> None:
-        expressions = [e for e in self.expressions if e.roots & roots]
+    def _settle(self, expressions: Sequence[Expression]) -> None:
         self.deliver(expressions)
         for e in expressions:
             e.gradients = []
