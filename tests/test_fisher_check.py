@@ -112,6 +112,28 @@ def test_experts_chosen_by_a_router(checks):
     assert_exact(model, batches_of(6, 6, 5))
 
 
+@pytest.mark.parametrize("how", ["slices", "repeats"])
+def test_examples_packed_by_their_lengths(checks, how):
+    """The lengths are equal on the first batch; on the second they are not, and add up to a multiple of the batch."""
+
+    def forward(m, x):
+        lengths = x[:, 0].long()
+        parts = x[:, 1:].unflatten(1, (4, 2))
+        if how == "slices":
+            rows = torch.cat([part[:k] for part, k in zip(parts, lengths.tolist(), strict=True)])
+        else:
+            rows = parts[torch.arange(len(x)).repeat_interleave(lengths), 0]
+        hidden = torch.tanh(m.inner(rows))
+        example = torch.arange(len(x)).repeat_interleave(lengths)
+        return m.head(hidden.new_zeros(len(x), 6).index_add(0, example, hidden))
+
+    batches = batches_of(4, 4, 4)
+    for (x, _), lengths in zip(batches, ([4, 4, 4, 4], [4, 3, 2, 3], [1, 4, 2, 1]), strict=True):
+        x[:, 0] = torch.tensor(lengths)
+    messages = assert_exact(Wiring(forward, inner=nn.Linear(2, 6), head=nn.Linear(6, 4)), batches)
+    assert any("inner" in message for message in messages)
+
+
 def test_a_loop_of_another_length(checks):
     def forward(m, x):
         state = m.start.expand(len(x), -1)

@@ -37,7 +37,11 @@ EXPANDING = _named("expand", "expand_as", "broadcast_to", "repeat", "tile")
 # Where nothing changes but the dtype.
 CASTING = _named("to", "type", "type_as", "float", "double", "half", "bfloat16")
 # Results whose place in the batch depends on the data: an attribution to examples that held once may not hold again.
-ROUTING = _named("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nonzero_static")
+ROUTING = _named(
+    "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nonzero_static", "repeat_interleave",
+)  # fmt: skip
+# Numbers that Python reads: of a batch's data they may be lengths, by which examples are then packed.
+READING = _named("tolist", "item", "int", "index")
 
 
 class Kind(Enum):
@@ -123,9 +127,11 @@ class Planner:
         self.plan, self.calls, self.n = plan, record.calls, n
         self.position = 0
         self.routed: dict[int, Tensor] = {}  # results of data-dependent indexing, and what was made of them
+        self.read = False  # whether Python has read numbers
 
     def decide(self, key: Hashable, func: Any, args: Any, kwargs: Any, places: Places) -> Decision:
         decision, told = self._decide(func, args, kwargs, places)
+        self.plan.routed |= self.read and decision.kind is not Kind.OPAQUE and self._packed(decision)
         for name in {name for e in places.values() for name in e.roots}:
             if decision.kind is Kind.OPAQUE:
                 self.plan.opaque[name] = told
@@ -191,12 +197,19 @@ class Planner:
             return None
         return [_batch_axis(a, b, self.n) for a, b in zip(shapes, note.shapes, strict=True)]
 
+    def _packed(self, decision: Decision) -> bool:
+        """Whether the axis of the examples has several entries for each, whose number may vary between examples."""
+        if decision.kind not in (Kind.RULE, Kind.BROADCAST, Kind.EXPAND):
+            return False
+        return self.calls[self.position].shapes[0][decision.axis] != self.n + 1
+
     def _inner(self, axis: int, shape: tuple[int, ...]) -> bool:
         return axis == -len(shape) and self.calls[self.position].inner
 
     def step(self, func: Any, args: Any, kwargs: Any, result: Any, places: Places) -> None:
         """On to the next call; keeps track of what data-dependent indexing made."""
         self.position += 1
+        self.read |= func in READING
         given = all_tensors((args, tuple(kwargs.values())))
         routed = any(id(t) in self.routed for t in given)
         if routed and places:
