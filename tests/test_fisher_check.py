@@ -1,10 +1,13 @@
 """Gradients go to the right examples, also where the model's wiring depends on the data, and the check proves it."""
 
+import copy
+import dataclasses
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
-from fisher_layers import Wiring, parameter
+from fisher_layers import DoubledProduct, Wiring, parameter
 from test_fisher import fisher, one_example_at_a_time, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -259,3 +262,180 @@ def test_extra_memory_does_not_grow_with_the_batch(monkeypatch):
             fisher(model, batches_of(n))
         sizes.append(largest.size)
     assert sizes == [300 * 300 * 4] * 2
+
+
+def test_reentrant_checkpoints_go_one_example_at_a_time():
+    """They know only a plain backward, whose gradients must not stay."""
+
+    def forward(m, x):
+        return m.head(
+            torch.utils.checkpoint.checkpoint(lambda h: torch.tanh(m.inner(h)), m.first(x), use_reentrant=True)
+        )
+
+    model = Wiring(forward, first=nn.Linear(9, 6), inner=nn.Linear(6, 6), head=nn.Linear(6, 4)).eval()
+    model.head.bias.grad = torch.ones(4)
+    batches = batches_of(4, 3)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for x, y in batches:
+        for n in range(len(y)):
+            copied = copy.deepcopy(model)
+            copied.zero_grad()
+            classification_losses(copied, (x[n : n + 1], y[n : n + 1])).sum().backward()
+            for name, p in copied.named_parameters():
+                expected[name] += p.grad.square() / 7
+    with pytest.warns(UserWarning, match="one example at a time"):
+        ours = fisher(model, batches)
+    for name, truth in expected.items():
+        assert relative_error(ours[name], truth) < 1e-5, name
+    assert torch.equal(model.head.bias.grad, torch.ones(4)) and model.head.weight.grad is None
+
+
+def test_a_model_is_measured_once_at_a_time():
+    """Inside, its parameters are switched off: the inner measurement would find nothing."""
+    model = nn.Linear(9, 4)
+
+    def losses(m, b):
+        fisher(m, [b])
+        return classification_losses(m, b)
+
+    with pytest.raises(RuntimeError, match="the model is being measured already"):
+        fisher(model, batches_of(4), losses)
+    assert model.weight.requires_grad
+    fisher(model, batches_of(4))
+
+
+def test_complex_parameters_are_refused():
+    model = Wiring(lambda m, x: (x.to(torch.cfloat) @ m.weight).abs(), weight=nn.Parameter(torch.randn(9, 4).cfloat()))
+    with pytest.raises(TypeError, match=r"parameter 'weight' has dtype torch\.complex64"):
+        fisher(model, batches_of(4))
+
+
+def test_compiled_models_run_as_they_were_written():
+    model, batches = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4)), batches_of(4, 3)
+    expected = fisher(model, batches)
+    compiled = torch.compile(model, backend="eager")
+    compiled(batches[0][0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="measured one example at a time")
+        ours = fisher(compiled, batches)
+    assert all(torch.equal(a, b) for a, b in zip(ours.values(), expected.values(), strict=True))
+
+
+def test_inside_inference_mode():
+    model, batches = nn.Linear(9, 4), batches_of(4)
+    expected = fisher(model, batches)
+    with torch.inference_mode():
+        ours = fisher(model, batches)
+    assert torch.equal(ours["weight"], expected["weight"])
+
+
+def test_a_faint_use_that_nothing_shows_counts():
+    """Its gradient is below what rounding leaves of the others'."""
+    model = Wiring(
+        lambda m, x: m.head(x) + 1e-7 * DoubledProduct.apply(x, m.faint, m.gain), head=nn.Linear(9, 4),
+        faint=parameter(4, 9), gain=nn.Parameter(torch.ones(4), requires_grad=False),
+    )  # fmt: skip
+    assert any("the model itself" in message for message in assert_exact(model, batches_of(4)))
+
+
+class Encoding(UserDict):
+    """Like a tokenizer's BatchEncoding: its values are attributes too."""
+
+    def __getattr__(self, name):
+        return self.data[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    x: torch.Tensor
+    y: torch.Tensor
+    note: str = "kept"
+
+
+@pytest.mark.parametrize("wrap", [lambda x, y: Encoding(x=x, y=y), Record])
+def test_batches_keep_their_type(wrap):
+    """Here the layer in the middle has no rule, so that they are also cut into examples."""
+    model = Wiring(lambda m, x: m.head(torch.tanh(m.middle(x, x))), middle=nn.Bilinear(9, 9, 5), head=nn.Linear(5, 4))
+
+    def losses(m, b):
+        assert type(b) in (Encoding, Record)
+        return classification_losses(m, (b.x, b.y))
+
+    batches = batches_of(4, 3)
+    with pytest.warns(UserWarning, match=r"middle \(Bilinear\)"):
+        ours = fisher(model, [wrap(x, y) for x, y in batches], losses)
+    truth = one_example_at_a_time(model, batches, classification_losses)
+    for name, expected in truth.items():
+        assert relative_error(ours[name], expected) < 1e-5
+
+
+def test_a_gradient_penalty_that_begins_later():
+    """Its second derivatives reach the parameters by ways that no tap sees."""
+    model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4))
+
+    def losses(m, batch):
+        x = batch[0].detach().requires_grad_()
+        values = classification_losses(m, (x, batch[1]))
+        if x[0, 0] > 0:
+            return values
+        (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=True)
+        return values + gradient.square().sum(1)
+
+    batches = batches_of(4, 4)
+    for (x, _), sign in zip(batches, (1, -1), strict=True):
+        x[:, 0] = sign
+    with pytest.warns(UserWarning, match="one example at a time"):
+        ours = fisher(model, batches, losses)
+    truth = one_example_at_a_time(model.double(), [(x.double(), y) for x, y in batches], losses)
+    for name, expected in truth.items():
+        assert relative_error(ours[name], expected) < 1e-5, name
+
+
+def test_another_rank_and_another_number_of_entries(checks):
+    """[B, H], then [B, T, H] with T a multiple of B, then [2 B, H] with the example changing fastest."""
+
+    def forward(m, x):
+        if x.shape[1] == 9:
+            return m.head(torch.tanh(m.inner(x[:, :3])))
+        if x.shape[1] == 24:
+            return m.head(torch.tanh(m.inner(x.view(len(x), 8, 3))).sum(1))
+        rows = x.view(len(x), -1, 3).transpose(0, 1).reshape(-1, 3)
+        return m.head(torch.tanh(m.inner(rows)).view(-1, len(x), 6).sum(0))
+
+    model = Wiring(forward, inner=nn.Linear(3, 6), head=nn.Linear(6, 4))
+    batches = batches_of(4) + batches_of(4, width=24) + batches_of(4, width=6) + batches_of(4, 4, width=12)
+    assert not assert_exact(model, batches)
+
+
+def test_influence_by_a_maximum():
+    """One example more, a copy of the first, changes no maximum; each example alone does."""
+
+    def forward(m, x):
+        hidden = m.inner(x)
+        return m.head(hidden / hidden.detach().abs().amax())
+
+    model = Wiring(forward, inner=nn.Linear(9, 6), head=nn.Linear(6, 4))
+    assert any("depend on the other examples" in message for message in assert_exact(model, batches_of(5, 4)))
+
+
+@pytest.mark.parametrize("dispatch", ["where", "argsort"])
+def test_experts_that_are_balanced_at_first(dispatch):
+    def forward(m, x):
+        rows = x.view(-1, 3)
+        choice = (rows[:, 0] > 0).long()
+        out = torch.zeros_like(rows)
+        order = choice.argsort() if dispatch == "argsort" else None
+        for index, expert in enumerate(m.experts):
+            if order is None:
+                (chosen,) = torch.where(choice == index)
+            else:
+                chosen = order[choice[order] == index]
+            out = out.index_add(0, chosen, torch.tanh(expert(rows[chosen])))
+        return m.head(out.view(-1, 9))
+
+    batches = batches_of(4, 4)
+    x = batches[0][0].view(4, 3, 3)
+    x[..., 0] = x[..., 0].abs()
+    x[:, 1, 0] *= -1  # one of three tokens of every example
+    experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+    assert assert_exact(Wiring(forward, experts=experts, head=nn.Linear(9, 4)), batches)

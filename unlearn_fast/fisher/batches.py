@@ -1,6 +1,8 @@
 """Takes batches apart into examples."""
 
-from collections.abc import Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ def batch_size(batch: Any) -> int:
 
 def examples(batch: Any, start: int, stop: int) -> Any:
     """The examples [start, stop): every tensor and list of leading size B is cut, everything else is kept."""
-    return _cut(batch, batch_size(batch), start, stop, top=True)
+    return _along_examples(batch, batch_size(batch), lambda part: part[start:stop], top=True)
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -26,7 +28,7 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 def with_first_again(batch: Any) -> Any:
     """The batch with its first example once more at the end."""
-    return _again(batch, batch_size(batch), top=True)
+    return _along_examples(batch, batch_size(batch), _again, top=True)
 
 
 def _leaves(batch: Any) -> list[Any]:
@@ -34,30 +36,46 @@ def _leaves(batch: Any) -> list[Any]:
         return [leaf for value in batch.values() for leaf in _leaves(value)]
     if isinstance(batch, (tuple, list)):
         return [leaf for value in batch for leaf in _leaves(value)]
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [leaf for value in vars(batch).values() for leaf in _leaves(value)]
     return [batch]
 
 
-def _cut(part: Any, B: int, start: int, stop: int, *, top: bool = False) -> Any:
+def _again(part: Tensor | list[Any] | tuple[Any, ...]) -> Any:
+    return torch.cat([part, part[:1]]) if isinstance(part, Tensor) else type(part)([*part, part[0]])
+
+
+def _along_examples(part: Any, B: int, change: Callable[[Any], Any], *, top: bool = False) -> Any:
+    """Changes every tensor of leading size B, and lists of B things that are no tensors. Containers keep their type."""
+
+    def inside(value: Any) -> Any:
+        return _along_examples(value, B, change)
+
     if isinstance(part, Tensor):
-        return part[start:stop] if part.dim() and part.shape[0] == B else part
+        return change(part) if part.dim() and part.shape[0] == B else part
     if isinstance(part, Mapping):
-        return {name: _cut(value, B, start, stop) for name, value in part.items()}
+        return _with_values(part, {name: inside(value) for name, value in part.items()})
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        changed = copy.copy(part)
+        for name, value in vars(part).items():
+            object.__setattr__(changed, name, inside(value))
+        return changed
     if isinstance(part, (tuple, list)):
         if not top and len(part) == B and not any(isinstance(leaf, Tensor) for leaf in _leaves(part)):
-            return part[start:stop]
-        cut = [_cut(value, B, start, stop) for value in part]
-        return type(part)(*cut) if hasattr(part, "_fields") else type(part)(cut)
+            return change(part)
+        changed = [inside(value) for value in part]
+        return type(part)(*changed) if hasattr(part, "_fields") else type(part)(changed)
     return part
 
 
-def _again(part: Any, B: int, *, top: bool = False) -> Any:
-    if isinstance(part, Tensor):
-        return torch.cat([part, part[:1]]) if part.dim() and part.shape[0] == B else part
-    if isinstance(part, Mapping):
-        return {name: _again(value, B) for name, value in part.items()}
-    if isinstance(part, (tuple, list)):
-        if not top and len(part) == B and not any(isinstance(leaf, Tensor) for leaf in _leaves(part)):
-            return [*part, part[0]]
-        more = [_again(value, B) for value in part]
-        return type(part)(*more) if hasattr(part, "_fields") else type(part)(more)
-    return part
+def _with_values(mapping: Mapping[str, Any], values: dict[str, Any]) -> Any:
+    """A mapping of the same type, such as the BatchEncoding of tokenizers, whose values are attributes too."""
+    if type(mapping) is dict:
+        return values
+    changed: Any = copy.copy(mapping)
+    try:
+        for name, value in values.items():
+            changed[name] = value
+    except TypeError:  # it cannot be changed
+        return values
+    return changed

@@ -14,9 +14,10 @@ from torch import Tensor
 from unlearn_fast.fisher.expressions import Parts, weighted_sum
 from unlearn_fast.fisher.gradients import wide
 
-# How far the two sides may differ, relative to their norm, before the fast way is given up. A wrong
-# attribution is off by about 1; rounding by far less than this.
-TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-2  # the second where anything is computed in 16 bits
+# How far the two sides may differ, relative to their norm, before the fast way is given up. A wrong attribution is off
+# by about 1; rounding by far less than this. The second is for parameters whose gradients come in 16 bits.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+NARROW_TOLERANCE = 5e-2
 # A gradient that is mathematically zero (an attention key's bias) is rounding noise on both sides: so many ulps of the
 # largest gradient are no disagreement.
 NOISE_ULPS = 64
@@ -25,34 +26,42 @@ NOISE_ULPS = 64
 class Comparison:
     """Of what a fast pass finds with ordinary gradients, parameter by parameter."""
 
-    def __init__(self, losses: Tensor, weights: Tensor, gradients: Mapping[str, Tensor], *, narrow: bool) -> None:
-        self.losses, self.weights = losses, weights
-        self.gradients = dict(gradients)  # of the weighted losses; each is forgotten once it has been compared
-        self.tolerance = NARROW_TOLERANCE if narrow else TOLERANCE
-        largest = max((float(g.norm()) for g in gradients.values()), default=0.0)
-        self.noise = NOISE_ULPS * torch.finfo(torch.float32).eps * largest if math.isfinite(largest) else 0.0
+    def __init__(self, weights: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        self.weights = weights  # [n, K]
+        self.rest = dict(gradients)  # of the weighted losses, less what the fast pass has found of them
+        self.sizes = {name: float(g.norm()) for name, g in gradients.items()}
+        self.largest = max((size for size in self.sizes.values() if math.isfinite(size)), default=0.0)
+        self.narrow: set[str] = set()  # parameters whose gradients come in 16 bits
+        self.seen: set[str] = set()
 
-    def same_losses(self, losses: Tensor) -> bool:
-        """Whether the losses are those that the same examples have in a larger batch."""
-        share = 10 * self.tolerance
-        return torch.allclose(self.losses, losses[: len(self.losses)].detach(), share, share, equal_nan=True)
+    def subtract(self, name: str, param: Tensor, parts: Parts, k: int) -> None:
+        """What the backward of the losses [:, k] has found."""
+        ours = weighted_sum(param, self.weights[:, k].to(param.device, wide(param)), parts)
+        self.rest[name] = self.rest[name].to(ours.dtype).sub_(ours) if name in self.rest else ours.neg_()
+        self.seen.add(name)
 
-    def agrees(self, name: str, param: Tensor, parts: Parts) -> bool:
-        ours = weighted_sum(param, self.weights.to(param.device, wide(param)), parts)
-        theirs = self.gradients.pop(name, None)
-        theirs = torch.zeros_like(ours) if theirs is None else theirs.to(ours.dtype)
-        size = float(theirs.norm())
-        if float((ours - theirs).norm()) <= self.tolerance * size + self.noise:
-            return True
-        # Gradients that are not finite are compared by where they are.
-        return not math.isfinite(size) and torch.equal(ours.isfinite(), theirs.isfinite())
+    def disagreeing(self) -> list[str]:
+        """Parameters whose gradients are attributed wrongly, or used where the fast pass sees nothing."""
+        return [name for name, rest in self.rest.items() if not self._agrees(name, rest)]
 
-    def unseen(self) -> list[str]:
-        """Parameters with a gradient that the fast pass has not come by."""
-        return [name for name, gradient in self.gradients.items() if not float(gradient.norm()) <= self.noise]
+    def proved(self) -> set[str]:
+        """Parameters whose gradients agree and are not zero, which would prove nothing."""
+        return {
+            name for name, size in self.sizes.items() if 0 < size < math.inf and self._agrees(name, self.rest[name])
+        }
+
+    def _agrees(self, name: str, rest: Tensor) -> bool:
+        size = self.sizes.get(name, 0.0)
+        if not math.isfinite(size):
+            return True  # undecided
+        if name not in self.seen:
+            return size == 0
+        tolerance = NARROW_TOLERANCE if name in self.narrow else TOLERANCE[rest.dtype]
+        noise = NOISE_ULPS * torch.finfo(rest.dtype).eps * self.largest
+        return float(rest.norm()) <= tolerance * size + noise
 
 
-def random_weights(n: int) -> Tensor:
+def random_weights(n: int, K: int) -> Tensor:  # [n, K]
     """Between 0.5 and 1.5 in size, of either sign; always the same, so that runs repeat."""
     generator = torch.Generator().manual_seed(n)
-    return (torch.rand(n, generator=generator) + 0.5) * (1 - 2 * torch.randint(2, (n,), generator=generator))
+    return (torch.rand(n, K, generator=generator) + 0.5) * (1 - 2 * torch.randint(2, (n, K), generator=generator))

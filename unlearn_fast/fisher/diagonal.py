@@ -1,9 +1,11 @@
 """Diagonal Fisher information of any module, exact per example."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,8 @@ def diagonal_fisher(
         raise ValueError(
             f"target_error is {target_error!r}, mode {mode!r}: it must be positive, and not in mode 'batch'"
         )
+    if model in _MEASURED:  # its parameters are switched off
+        raise RuntimeError("the model is being measured already: measure it once at a time, or copies of it")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {"mode": mode, "first_moment": first_moment, "target_error": target_error is not None}
     settings["model"] = fingerprint = model_fingerprint(model)
@@ -158,9 +162,17 @@ class _BatchGradients:
             torch._foreach_add_(sums, squares)
 
 
+_MEASURED: WeakSet[nn.Module] = WeakSet()
+
+
 @contextmanager
 def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, gradients on and every requires_grad off; everything as it was afterwards, exceptions included."""
+    for name, param in parameters.items():
+        if not param.is_floating_point():
+            raise TypeError(
+                f"parameter {name!r} has dtype {param.dtype}: importances need real floating-point parameters"
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
             raise ValueError(
@@ -173,19 +185,26 @@ def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
+    _MEASURED.add(model)
     try:
         model.eval()
         for param in parameters.values():
             param.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
             yield
     finally:
+        _MEASURED.discard(model)
         for handle in handles:
             handle.remove()
         for module, flag in training:
             module.training = flag
         for param in parameters.values():
             param.requires_grad_(True)
+
+
+def _uncompiled() -> Any:
+    """Compiled models run as they were written: compiled code shows no functions. Without dynamo there are none."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _refuse_batch_statistics(name: str) -> Callable[[nn.Module, Any], None]:

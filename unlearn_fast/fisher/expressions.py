@@ -83,6 +83,9 @@ class PulledBack(PerExampleGradient):
         self.shape = tuple(root.tensor.shape)
         self._largest = max(e.tensor.numel() for e in self.expressions)
 
+    def sources(self) -> list[Tensor]:
+        return [t for e in self.expressions for g in e.gradients for t in g.sources()]
+
     def dense(self, start: int, stop: int) -> Tensor:
         found: dict[int, Tensor] = {}
         dtype = wide(self.root.tensor)

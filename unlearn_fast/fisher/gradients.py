@@ -71,6 +71,10 @@ class PerExampleGradient:
     n: int
     shape: tuple[int, ...]
 
+    def sources(self) -> list[Tensor]:
+        """The loss gradients that it is made of."""
+        raise NotImplementedError
+
     def dense(self, start: int, stop: int) -> Tensor:  # [stop - start, *shape]
         raise NotImplementedError
 
@@ -95,6 +99,9 @@ class Dense(PerExampleGradient):
     def __init__(self, values: Tensor) -> None:
         self.values, self.n, self.shape = values, len(values), tuple(values.shape[1:])
 
+    def sources(self) -> list[Tensor]:
+        return [self.values]
+
     def dense(self, start: int, stop: int) -> Tensor:
         return self.values[start:stop]
 
@@ -105,6 +112,9 @@ class Scaled(PerExampleGradient):
     def __init__(self, inputs: Tensor | None, grads: Tensor, shape: Sequence[int]) -> None:  # [n, T, C]
         self.inputs, self.grads = inputs, grads
         self.n, self.shape = len(grads), tuple(shape)
+
+    def sources(self) -> list[Tensor]:
+        return [self.grads]
 
     def dense(self, start: int, stop: int) -> Tensor:
         grads = self.grads[start:stop]
@@ -123,6 +133,9 @@ class Outer(PerExampleGradient):
     def __init__(self, inputs: Tensor, grads: Tensor) -> None:  # [n, T, I], [n, T, O]
         self.inputs, self.grads = _same_dtype(inputs, grads)
         self.n, self.shape = len(grads), (grads.shape[-1], inputs.shape[-1])
+
+    def sources(self) -> list[Tensor]:
+        return [self.grads]
 
     def dense(self, start: int, stop: int) -> Tensor:
         dtype = wide(self.grads)
@@ -145,6 +158,9 @@ class Rows(PerExampleGradient):
     def __init__(self, tokens: Tensor, grads: Tensor, rows: int) -> None:  # [n, T], negative: none; [n, T, H]
         self.tokens, self.grads, self.rows = tokens, grads, rows
         self.n, self.shape = len(grads), (rows, grads.shape[-1])
+
+    def sources(self) -> list[Tensor]:
+        return [self.grads]
 
     def dense(self, start: int, stop: int) -> Tensor:
         grads = self.grads[start:stop].to(wide(self.grads))
@@ -169,6 +185,9 @@ class Convolution(PerExampleGradient):
     def __init__(self, inputs: Tensor, grads: Tensor, shape: Sequence[int], **geometry: Any) -> None:
         self.inputs, self.grads = _same_dtype(inputs, grads)  # [n, C, *in], [n, O, *positions], or [n, W, ...] both
         self.geometry, self.n, self.shape = geometry, len(grads), tuple(shape)
+
+    def sources(self) -> list[Tensor]:
+        return [self.grads]
 
     def dense(self, start: int, stop: int) -> Tensor:
         return torch.stack([self._gradient(self.inputs[b], self.grads[b]) for b in range(start, stop)])
@@ -198,6 +217,9 @@ class Total(PerExampleGradient):
 
     def __init__(self, uses: Sequence[PerExampleGradient]) -> None:
         self.uses, self.n, self.shape = uses, uses[0].n, uses[0].shape
+
+    def sources(self) -> list[Tensor]:
+        return [t for use in self.uses for t in use.sources()]
 
     def dense(self, start: int, stop: int) -> Tensor:
         first, *others = (use.dense(start, stop) for use in self.uses)

@@ -18,7 +18,7 @@ from unlearn_fast.fisher.expressions import Expression, add_moments, gradients_o
 from unlearn_fast.fisher.gradients import Moments, dense, wide
 from unlearn_fast.fisher.losses import WeightedLosses
 from unlearn_fast.fisher.planning import Plan, Planner, Record
-from unlearn_fast.fisher.tracing import Trace
+from unlearn_fast.fisher.tracing import Deliver, Trace
 
 Losses = Callable[[nn.Module, Any], Tensor | WeightedLosses]
 
@@ -26,10 +26,6 @@ Losses = Callable[[nn.Module, Any], Tensor | WeightedLosses]
 # Examples of the first batch that are checked: what holds for them holds for all, unless indexing depends on the data,
 # for which whole batches are checked. More than two, since two may happen to be alike.
 FIRST = 3
-
-
-class _HalfDone(RuntimeError):
-    """Some parameters hold a part of a batch: there is no other way to go on with."""
 
 
 class PerExample:
@@ -46,17 +42,19 @@ class PerExample:
     ) -> None:
         self.model, self.parameters, self.losses, self.moments, self.warn = model, parameters, losses, moments, warn
         self.plan: Plan | None = None
+        self.proved: set[str] = set()  # parameters whose gradients a check has seen, and found right
         self.slow: dict[str, str] = {}  # parameter -> why it goes the one-example way
         self.saw_gradient = not parameters
+        self.plain_backward = False  # whether the model has reentrant checkpoints
 
     def add(self, batch: Any, n: int) -> None:
-        if self.plan is None and n > FIRST and self._fast():
-            with self._same_random_numbers():
-                self._check(examples(batch, 0, FIRST), FIRST)
         done: set[str] = set()  # parameters whose moments of this batch have been added
-        # The ordinary gradient of a single example is its own.
-        if n > 1 and self._fast() and (self.plan is None or self.plan.routed or not self._add_fast(batch, n, done)):
-            self._check(batch, n, done)
+        if n > 1 and self._fast():  # the ordinary gradient of a single example is its own
+            if self.plan is None and n > FIRST:
+                self._check(examples(batch, 0, FIRST), FIRST)
+            if self.plan is None or self.plan.routed or not self._add_fast(batch, n, done):
+                self._check(batch, n)
+                self._add_fast(batch, n, done)
         self._add_slow(batch, n, [name for name in self.parameters if name not in done])
 
     def _fast(self) -> dict[str, nn.Parameter]:
@@ -65,24 +63,28 @@ class PerExample:
     # -- the fast way ----------------------------------------------------------------------------------------------
 
     def _add_fast(self, batch: Any, n: int, done: set[str]) -> bool:
-        """False where the model left the plan; nothing is added then."""
-        assert self.plan is not None
-        fast = self._fast()
-        if fast:
-            trace = Trace(self.model, fast, n, self.plan)
-            with trace.watching(self.model):
-                values, weights = self._losses(batch, n)
-                if trace.unplanned:
-                    return False
-                for k in range(values.shape[1]):
-                    trace.backward(values[:, k].sum(), self._adder(_column(weights, k)), retain_graph=_more(values, k))
-        done.update(fast)
-        return True
+        """False where the model left the plan, or where parameters have gradients that no check has seen yet."""
+        fast = {name: p for name, p in self._fast().items() if name not in done}
+        if self.plan is None or not fast:
+            return True
+        trace, unproved = Trace(self.model, fast, n, self.plan), set[str]()
+        with trace.watching(self.model):
+            values, weights = self._losses(batch, n)
+            if trace.unplanned:
+                return False
+            for k in range(values.shape[1]):
+                adder = self._adder(_column(weights, k), unproved)
+                trace.backward(values[:, k].sum(), adder, retain_graph=_more(values, k))
+        done.update(fast.keys() - unproved)
+        return not unproved
 
-    def _adder(self, weights: Tensor | None) -> Callable[[Sequence[Expression]], None]:
+    def _adder(self, weights: Tensor | None, unproved: set[str]) -> Deliver:
         def deliver(expressions: Sequence[Expression]) -> None:
             for name, parts in gradients_of(expressions):
-                add_moments(self._weighted(name, weights), parts)
+                if name not in self.proved and any(bool(t.any()) for _, g in parts for t in g.sources()):
+                    unproved.add(name)
+                else:
+                    add_moments(self._weighted(name, weights), parts)
 
         return deliver
 
@@ -93,70 +95,79 @@ class PerExample:
 
     # -- the check -------------------------------------------------------------------------------------------------
 
-    def _check(self, batch: Any, n: int, done: set[str] | None = None) -> None:
-        """Makes a plan, finds what it cannot serve, and, given `done`, adds what it can."""
+    def _check(self, batch: Any, n: int) -> None:
+        """Makes or extends the plan, and finds what it serves and what it cannot serve."""
         known = len(self.slow)
         try:
-            self._compare(batch, n, done)
+            with self._same_random_numbers():
+                self.proved |= self._compare(batch, n)
         except Exception as failure:
-            with torch.no_grad(), self._same_random_numbers():
+            with _requiring_grad(self.parameters.values()), self._same_random_numbers():
                 self._losses(batch, n)  # raises what the model itself does wrong
-            if isinstance(failure, _HalfDone):
-                raise
             why = f"its fast pass failed ({type(failure).__name__}: {failure})"
             self.slow.update({name: why for name in self._fast()})
         if self.warn and len(self.slow) > known:
             self._warn()
 
-    def _compare(self, batch: Any, n: int, done: set[str] | None) -> None:
-        record, longer = Record(n + 1), with_first_again(batch)
-        with self._same_random_numbers(), record.watching(self.model):
-            with_one_more, _ = self._losses(longer, n + 1)
+    def _compare(self, batch: Any, n: int) -> set[str]:
+        """Returns the parameters whose gradients are shown to be attributed rightly."""
+        fast, record, longer = self._fast(), Record(n + 1), with_first_again(batch)
+        with _requiring_grad(fast.values()), self._same_random_numbers(), record.watching(self.model):
+            self._losses(longer, n + 1)
+        del longer
         with self._same_random_numbers():
-            comparison = self._ordinary(batch, n, narrow=record.narrow)
-        if not comparison.same_losses(with_one_more[:, 0]):
-            self.slow.update(dict.fromkeys(self._fast(), "the losses depend on the other examples of the batch"))
-            return
-        plan = self.plan = Plan()
-        trace = Trace(self.model, self._fast(), n, plan, Planner(plan, record, n))
+            values, comparison = self._ordinary(batch, n)
+        if not self._independent(batch, values, narrow=record.narrow):
+            self.slow.update(dict.fromkeys(fast, "the losses depend on the other examples of the batch"))
+            return set()
+        plan = Plan()
+        trace = Trace(self.model, fast, n, plan, Planner(plan, record, n))
         with trace.watching(self.model):
-            values, weights = self._losses(batch, n)
-            self.slow.update(plan.opaque)
+            values, _ = self._losses(batch, n)
+            for k in range(values.shape[1]):
 
-            def compare(expressions: Sequence[Expression]) -> None:
-                for name, parts in gradients_of(expressions):
-                    if name in self.slow:
-                        continue
-                    if not comparison.agrees(name, self.parameters[name], parts):
-                        self.slow[name] = "its gradients could not be told apart by example"
-                    elif done is not None:
-                        add_moments(self._weighted(name, _column(weights, 0)), parts)
-                        done.add(name)
+                def compare(expressions: Sequence[Expression], k: int = k) -> None:
+                    for name, parts in gradients_of(expressions):
+                        if name not in plan.opaque:
+                            comparison.subtract(name, self.parameters[name], parts, k)
 
-            trace.backward(values[:, 0].sum(), compare, retain_graph=_more(values, 0))
-            for name in comparison.unseen():
-                self.slow.setdefault(name, "it is used where no torch function shows it")
-            if done is None:
-                return
-            done.update(self._fast())
-            for k in range(1, values.shape[1]):
-                adder = self._adder(_column(weights, k))
-                try:
-                    trace.backward(values[:, k].sum(), adder, retain_graph=_more(values, k))
-                except Exception as failure:
-                    raise _HalfDone(f"backward {k} of a batch failed after others had succeeded") from failure
+                trace.backward(values[:, k].sum(), compare, retain_graph=_more(values, k))
+        comparison.narrow = trace.narrow
+        self.plan = self.plan or Plan()
+        self.plan.learn(plan)
+        self.slow.update(plan.opaque)
+        for name in comparison.disagreeing():
+            seen = name in comparison.seen
+            why = "its gradients could not be told apart by example" if seen else "no torch function shows its use"
+            self.slow.setdefault(name, why)
+        return comparison.proved()
 
-    def _ordinary(self, batch: Any, n: int, *, narrow: bool) -> Comparison:
-        """With the ordinary gradients of the weighted losses, of the first of each example where it has several."""
-        fast, weights = self._fast(), random_weights(n)
+    def _ordinary(self, batch: Any, n: int) -> tuple[Tensor, Comparison]:
+        """The losses [n, K], and the ordinary gradients of their weighted sum."""
+        fast = self._fast()
         with _requiring_grad(fast.values()):
             values, _ = self._losses(batch, n)
+            weights = random_weights(n, values.shape[1])
             grads: Sequence[Tensor | None] = [None] * len(fast)
             if values.requires_grad:
-                loss = (values[:, 0] * weights.to(values)).sum()
+                loss = (values * weights.to(values)).sum()
                 grads = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
         found = {name: dense(g) for name, g in zip(fast, grads, strict=True) if g is not None}
-        return Comparison(values[:, 0].detach(), weights, found, narrow=narrow)
+        return values.detach(), Comparison(weights, found)
+
+    def _independent(self, batch: Any, values: Tensor, *, narrow: bool) -> bool:
+        """Whether the first examples, each alone, have the losses that they have in the batch."""
+        share = 0.5 if narrow else 1e-3
+        for b in range(min(FIRST, len(values))):
+            with self._same_random_numbers():
+                state = torch.get_rng_state()
+                alone, _ = self._losses(examples(batch, b, b + 1), 1)
+                drawn = not torch.equal(state, torch.get_rng_state())
+            if not torch.allclose(values[b : b + 1], alone.detach(), share, share, equal_nan=True):
+                return False
+            if drawn:  # the next would draw what the first has drawn
+                break
+        return True
 
     # -- one example at a time ---------------------------------------------------------------------------------------
 
@@ -166,16 +177,26 @@ class PerExample:
         chosen = [self.parameters[name] for name in names]
         with _requiring_grad(chosen):
             for b in range(n):
-                values, weights = self._losses(batch if n == 1 else examples(batch, b, b + 1), 1)
-                if not values.requires_grad:  # none of these parameters is used
-                    continue
-                for k in range(values.shape[1]):
-                    grads = torch.autograd.grad(
-                        values[:, k].sum(), chosen, allow_unused=True, retain_graph=_more(values, k)
-                    )
-                    for name, grad in zip(names, grads, strict=True):
-                        if grad is not None:
-                            self._weighted(name, _column(weights, k)).add(dense(grad)[None].to(wide(grad)))
+                example = batch if n == 1 else examples(batch, b, b + 1)
+                try:
+                    self._add_single(example, names)
+                except RuntimeError as error:
+                    if self.plain_backward or "use_reentrant" not in str(error):
+                        raise
+                    self.plain_backward = True
+                    self._add_single(example, names)
+
+    def _add_single(self, example: Any, names: Sequence[str]) -> None:
+        values, weights = self._losses(example, 1)
+        if not values.requires_grad:  # none of these parameters is used
+            return
+        chosen = [self.parameters[name] for name in names]
+        gradients = _plain_backward if self.plain_backward else _autograd_grad
+        for k in range(values.shape[1]):
+            grads = gradients(values[:, k].sum(), chosen, _more(values, k))
+            for name, grad in zip(names, grads, strict=True):
+                if grad is not None:
+                    self._weighted(name, _column(weights, k)).add(dense(grad)[None].to(wide(grad)))
 
     def _same_random_numbers(self) -> Any:
         """What is drawn inside will be drawn again afterwards."""
@@ -191,7 +212,7 @@ class PerExample:
     def _warn(self) -> None:
         owners: dict[str, str] = {}
         for module_name, module in self.model.named_modules():
-            for key in module._parameters:
+            for key, _ in module.named_parameters(recurse=False):
                 full = f"{module_name}.{key}" if module_name else key
                 if full in self.slow:
                     owners[f"{module_name or 'the model itself'} ({type(module).__name__})"] = self.slow[full]
@@ -223,6 +244,23 @@ def _column(weights: Tensor | None, k: int) -> Tensor | None:
 
 def _more(values: Tensor, k: int) -> bool:
     return k + 1 < values.shape[1]
+
+
+def _autograd_grad(loss: Tensor, chosen: list[nn.Parameter], retain_graph: bool) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, chosen, allow_unused=True, retain_graph=retain_graph)
+
+
+def _plain_backward(loss: Tensor, chosen: list[nn.Parameter], retain_graph: bool) -> Sequence[Tensor | None]:
+    """The only backward that reentrant checkpoints know; it leaves gradients in the parameters."""
+    before = [param.grad for param in chosen]
+    for param in chosen:
+        param.grad = None
+    try:
+        loss.backward(retain_graph=retain_graph)
+        return [param.grad for param in chosen]
+    finally:
+        for param, grad in zip(chosen, before, strict=True):
+            param.grad = grad
 
 
 @contextmanager

@@ -39,7 +39,8 @@ CASTING = _named("to", "type", "type_as", "float", "double", "half", "bfloat16")
 # Results whose place in the batch depends on the data: an attribution to examples that held once may not hold again.
 ROUTING = _named(
     "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nonzero_static", "repeat_interleave",
-)  # fmt: skip
+    "sort", "argsort", "msort", "topk",
+) | {torch._VF._pack_padded_sequence}  # fmt: skip
 # Numbers that Python reads: of a batch's data they may be lengths, by which examples are then packed.
 READING = _named("tolist", "item", "int", "index")
 
@@ -66,9 +67,22 @@ class Plan:
 
     def __init__(self) -> None:
         self.decisions: dict[Hashable, list[Decision]] = defaultdict(list)
+        self.entries: dict[Hashable, set[int]] = defaultdict(set)  # how many an example had on its axis
         self.opaque: dict[str, str] = {}  # parameter -> why it has no rule
         self.served: dict[str, set[str]] = defaultdict(set)  # parameter -> the rules that serve it
+        self.differentiated = False  # whether the losses took gradients themselves, as a gradient penalty does
         self.routed = False  # whether data-dependent indexing came before a use
+
+    def learn(self, other: "Plan") -> None:
+        """Takes over what a later check found."""
+        self.decisions.update(other.decisions)
+        for key, entries in other.entries.items():
+            self.entries[key] |= entries
+        for name, rules in other.served.items():
+            self.served[name] |= rules
+        self.opaque.update(other.opaque)
+        self.differentiated |= other.differentiated
+        self.routed |= other.routed
 
     def find(self, key: Hashable, order: int) -> Decision | None:
         known = self.decisions.get(key)
@@ -99,7 +113,7 @@ class Record(Watch):
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
         inner = False
-        if func in RULES:
+        if func in RULES or func in BROADCASTING:
             inner = _is_inner(result, self.m)
             self.narrow |= any(t.dtype in (torch.bfloat16, torch.float16) for t in all_tensors(result))
         self.calls.append(Note(func, shapes_of(result), inner))
@@ -165,7 +179,7 @@ class Planner:
         if func in RULES and rule_uses(RULES[func], args, kwargs, places) is not None:
             return Decision(Kind.RULE, axis, self._inner(axis, shapes[0])), RULES[func].__name__
         if func in BROADCASTING and all(not isinstance(p, tuple) and expandable(e, axis) for p, e in places.items()):
-            return Decision(Kind.BROADCAST, axis), "broadcast"
+            return Decision(Kind.BROADCAST, axis, self._inner(axis, shapes[0])), "broadcast"
         if func in EXPANDING and list(places) == [0] and _only_expands(places[0], shapes[0], axis, self.n):
             return Decision(Kind.EXPAND, axis), "broadcast"
         if not in_place and not _carries_gradient(func, args, kwargs, places):
@@ -214,7 +228,8 @@ class Planner:
         routed = any(id(t) in self.routed for t in given)
         if routed and places:
             self.plan.routed = True
-        if routed or func in ROUTING or (func is Tensor.__getitem__ and _holds_mask(args[1])):
+        by_mask = _holds_mask(args[1]) if func is Tensor.__getitem__ else func is torch.where and len(args) == 1
+        if routed or by_mask or func in ROUTING:
             self.routed.update((id(t), t) for t in all_tensors(result))
 
 

@@ -38,12 +38,16 @@ class Trace(Watch):
         self.module_names = {module: name for name, module in model.named_modules()}
         self.order: Counter[Hashable] = Counter()  # how often each key occurred
         self.uses: Counter[str] = Counter()  # of each parameter
+        self.narrow: set[str] = set()  # parameters whose gradients come in 16 bits
         self.unplanned = False  # the model did what the plan does not hold: nothing of this forward may be used
         self.in_backward = False  # where functions run only because a checkpointed part is computed again
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.autograd.grad:
+            self.unplanned |= self.planner is None and not self.plan.differentiated
+            self.plan.differentiated = True
         places = self._places(args, kwargs)
         if places and torch.is_grad_enabled():
             result = self._use(func, args, kwargs, places)
@@ -68,18 +72,19 @@ class Trace(Watch):
         return places
 
     def _use(self, func: Any, args: Any, kwargs: Any, places: Places) -> Any:
-        key = (func, *((place, e.key) for place, e in places.items()))
+        ranks = tuple(t.dim() for t in all_tensors(args) if id(t) not in self.known)
+        key = (func, ranks, *((place, e.key) for place, e in places.items()))
         order, decision = self._decision(key, lambda planner: planner.decide(key, func, args, kwargs, places))
         match decision.kind:
             case Kind.RULE:
                 with unwatched():
                     uses = rule_uses(RULES[func], args, kwargs, places)
-                return self._tap_result(func(*args, **kwargs), decision, uses)
+                return self._tap_result(func(*args, **kwargs), key, decision, uses)
             case Kind.BROADCAST:
-                return self._tap_arguments(func, args, kwargs, decision.axis, places)
+                return self._tap_arguments(func, args, kwargs, key, decision, places)
             case Kind.EXPAND:
                 (expression,) = places.values()
-                return self._tap_expanded(func(*args, **kwargs), decision.axis, expression)
+                return self._tap_expanded(func(*args, **kwargs), key, decision, expression)
             case Kind.DERIVE:
                 return self._derive((key, order), func, args, kwargs, places)
         return func(*args, **kwargs)
@@ -105,41 +110,45 @@ class Trace(Watch):
         first = next(iter(all_tensors(result)), None)
         if not own or first is None or not torch.is_grad_enabled():
             return None
-        key = self.module_names[module]
+        key = self.module_names[module], first.dim()
         _, decision = self._decision(key, lambda planner: planner.decide_module(key, module, result, own))
         if decision.kind is not Kind.RULE:
             return None
         uses = module_rule(module)(module, *args, **kwargs) or {}  # type: ignore[misc]
-        tapped = self._tap_result(first, decision, {e: uses[name] for name, e in own.items() if name in uses})
+        tapped = self._tap_result(first, key, decision, {e: uses[name] for name, e in own.items() if name in uses})
         return tapped if isinstance(result, Tensor) else type(result)([tapped, *result[1:]])
 
     # -- taps ------------------------------------------------------------------------------------------------------
 
-    def _tap_result(self, result: Tensor, decision: Decision, uses: Mapping[Expression, Use] | None) -> Tensor:
+    def _tap_result(
+        self, result: Tensor, key: Hashable, decision: Decision, uses: Mapping[Expression, Use] | None
+    ) -> Tensor:
         front = decision.axis + result.dim()  # what is kept has its examples on the same axis, counted from the front
         kept = [t for use in (uses or {}).values() for t in use.keep]
-        if uses is None or not all(self._fits(t, front) for t in (result, *kept)):
+        if uses is None or not self._fits(result, front, key) or not all(self._fits(t, front) for t in kept):
             self.unplanned = True
             return result
 
         def receive(gradient: Tensor, *kept: Tensor) -> None:
             gradient, *parts = (self._split(t, front, decision.inner) for t in (gradient, *kept))
+            self._note_width(uses, gradient)
             for expression, use in uses.items():
                 own, parts = parts[: len(use.keep)], parts[len(use.keep) :]
                 self._arrived(expression, use.form(gradient, *own))
 
         return self._tap(result, receive, uses, kept)
 
-    def _tap_expanded(self, result: Tensor, axis: int, expression: Expression) -> Tensor:
-        front = axis + result.dim()
-        if not self._fits(result, front):
+    def _tap_expanded(self, result: Tensor, key: Hashable, decision: Decision, expression: Expression) -> Tensor:
+        front = decision.axis + result.dim()
+        if not self._fits(result, front, key):
             self.unplanned = True
             return result
         shape = expression.tensor.shape
         padded = [1] * (result.dim() - len(shape)) + list(shape)
 
         def receive(gradient: Tensor) -> None:
-            gradient = self._split(gradient, front)
+            self._note_width([expression], gradient)
+            gradient = self._split(gradient, front, decision.inner)
             if gradient.dim() == result.dim():  # one entry an example
                 gradient = gradient.unsqueeze(front + 1)
             gradient = gradient.sum_to_size(self.n, *padded)
@@ -147,7 +156,10 @@ class Trace(Watch):
 
         return self._tap(result, receive, [expression])
 
-    def _tap_arguments(self, func: Any, args: Any, kwargs: Any, axis: int, places: Places) -> Any:
+    def _tap_arguments(
+        self, func: Any, args: Any, kwargs: Any, key: Hashable, decision: Decision, places: Places
+    ) -> Any:
+        axis = decision.axis
         data = [t for t in all_tensors((args, tuple(kwargs.values()))) if id(t) not in self.known and t.dim() >= -axis]
         size = max((t.shape[axis] for t in data), default=0)
         if size == 0 or not all(expandable(e, axis) for e in places.values()):
@@ -157,9 +169,13 @@ class Trace(Watch):
         for place, e in places.items():
             shape = [1] * (-axis - e.tensor.dim()) + list(e.tensor.shape)
             shape[axis] = size
-            expanded[place] = self._tap_expanded(e.tensor.expand(shape), axis, e)
+            expanded[place] = self._tap_expanded(e.tensor.expand(shape), key, decision, e)
         args, kwargs = replaced(args, kwargs, expanded)
         return func(*args, **kwargs)
+
+    def _note_width(self, expressions: Iterable[Expression], gradient: Tensor) -> None:
+        if gradient.dtype.itemsize < 4:
+            self.narrow.update(root for e in expressions for root in e.roots)
 
     def _tap(
         self,
@@ -169,16 +185,25 @@ class Trace(Watch):
         kept: Sequence[Tensor] = (),
     ) -> Tensor:
         def receive_unwatched(*tensors: Tensor) -> None:
-            with unwatched():
-                receive(*tensors)
+            if self.in_backward:  # not in one that the losses run themselves
+                with unwatched():
+                    receive(*tensors)
 
         if not self.in_backward:
             for e in expressions:
                 self.uses.update(e.roots)
         return _Tap.apply(self.trigger, value, receive_unwatched, *kept)
 
-    def _fits(self, t: Tensor, axis: int) -> bool:
-        return 0 <= axis < t.dim() and t.shape[axis] % self.n == 0
+    def _fits(self, t: Tensor, axis: int, key: Hashable = None) -> bool:
+        """Whether the axis can be divided among the examples; with a key, into as many entries as were checked."""
+        if not 0 <= axis < t.dim() or t.shape[axis] % self.n:
+            return False
+        if key is None or self.in_backward:
+            return True
+        entries = t.shape[axis] // self.n
+        if self.planner is not None:
+            self.plan.entries[key].add(entries)
+        return entries in self.plan.entries[key]
 
     def _split(self, t: Tensor, axis: int, inner: bool = False) -> Tensor:
         """The examples in front: an axis of n moves there; of n * k (`inner`: k * n), the k stay where they were."""
