@@ -1,6 +1,7 @@
 """The command line: `unlearn_fast info | verify | bench | demo`."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="smallest cases: shows that all works; the times mean little"
     )
+    bench.add_argument("--no-rivals", action="store_true", help="only ours, the yardsticks and the ceilings")
     bench.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help="write JSON to FILE, or print it")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times to FILE.png")
     bench.add_argument("--threads", type=int, metavar="N", help="threads that torch and the operators use")
@@ -93,6 +95,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         for case in (cases.smallest() if arguments.quick else cases.full())
         if not arguments.operators or case.operator in arguments.operators
     ]
+    if arguments.no_rivals:
+        chosen = [dataclasses.replace(case, rivals={}) for case in chosen]
     outcomes = [measure(case, cold=not arguments.quick) for case in _progress(chosen, "bench", unit="case")]
     if arguments.plot is not None:
         from unlearn_fast.benchmarking.plot import plot
@@ -140,6 +144,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """The command that measures the same again."""
     words = ["unlearn_fast", "bench", *arguments.operators]
     words += ["--quick"] if arguments.quick else []
+    words += ["--no-rivals"] if arguments.no_rivals else []
     words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
     return " ".join(words)
 

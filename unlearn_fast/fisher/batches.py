@@ -56,15 +56,16 @@ def _along_examples(part: Any, B: int, change: Callable[[Any], Any], *, top: boo
     if isinstance(part, Mapping):
         return _with_values(part, {name: inside(value) for name, value in part.items()})
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        changed = copy.copy(part)
+        copied: Any = copy.copy(part)
         for name, value in vars(part).items():
-            object.__setattr__(changed, name, inside(value))
-        return changed
+            object.__setattr__(copied, name, inside(value))
+        return copied
     if isinstance(part, (tuple, list)):
         if not top and len(part) == B and not any(isinstance(leaf, Tensor) for leaf in _leaves(part)):
             return change(part)
         changed = [inside(value) for value in part]
-        return type(part)(*changed) if hasattr(part, "_fields") else type(part)(changed)
+        kind: Any = type(part)
+        return kind(*changed) if hasattr(part, "_fields") else kind(changed)
     return part
 
 
