@@ -135,7 +135,7 @@ def test_a_missing_library_is_a_row_and_no_failure(monkeypatch: pytest.MonkeyPat
     missing = [timing for timing in outcome.timings if timing.kind == "library"]
     assert missing and all("pip install 'unlearn_fast[rivals]'" in timing.failure for timing in missing)
     assert not outcome.failed
-    printed = report.text([outcome])
+    printed = report.text(outcome)
     assert printed.count("is not installed") == len(missing) and outcome.case.name in printed
 
 

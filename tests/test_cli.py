@@ -12,7 +12,8 @@ import torch
 
 import unlearn_fast
 from unlearn_fast import _library, scenarios
-from unlearn_fast.benchmarking import cases, fisher
+from unlearn_fast.benchmarking import cases, measure
+from unlearn_fast.benchmarking.case import Case
 from unlearn_fast.cli import main
 
 
@@ -119,17 +120,33 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_prints_json_and_keeps_to_the_threads(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_bench_tells_and_writes_each_case_as_soon_as_it_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fisher, "SMALLEST", fisher.SMALLEST[:1])
+    def fails_at_the_second(case: Case, **options: Any) -> measure.Outcome:
+        if case is not chosen[0]:
+            raise KeyboardInterrupt
+        return really_measure(case, **options)
+
+    really_measure, chosen = measure.measure, cases.smallest()[:2]
+    monkeypatch.setattr(cases, "smallest", lambda: chosen)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(measure, "measure", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--quick", "--json", str(tmp_path / "bench.json")])
+    assert chosen[0].name in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "bench.json").read_text())["cases"]) == 1
+
+
+def test_bench_prints_json_and_keeps_to_the_threads(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
-        assert main(["bench", "diagonal_fisher", "--quick", "--threads", "1", "--json"]) == 0
+        assert main(["bench", "diagonal_fisher", "--case", "MLP", "--quick", "--threads", "1", "--json"]) == 0
     finally:
         torch.set_num_threads(threads)
     result = json.loads(capsys.readouterr().out)
     assert result["machine"]["threads"] == 1
+    assert result["command"] == "unlearn_fast bench diagonal_fisher --quick --case MLP --threads 1"
     assert [case["operator"] for case in result["cases"]] == ["diagonal_fisher"]
     timings = result["cases"][0]["timings"]
     assert {t["name"]: t["over_baseline"] for t in timings}[result["cases"][0]["baseline"]] == 1
@@ -152,6 +169,7 @@ def test_bench_refuses_to_time_a_wrong_result(
     [
         (["bench", "no_such_operator"], "no operator 'no_such_operator': choose from token_logprobs"),
         (["bench", "--json", "dampen_"], "name the operators before the options"),
+        (["bench", "dampen_", "--case", "ViT"], "--case is 'ViT': no case that was asked for has it in its name"),
         (["bench", "--threads", "0"], "--threads is 0: it must be at least 1"),
         (["bench", "--plot", "picture.jpg"], "it must end in .png"),
         (["bench", "--json", "."], "is a directory: it must be a file"),

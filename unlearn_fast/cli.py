@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="smallest cases: shows that all works; the times mean little"
     )
+    bench.add_argument("--case", metavar="TEXT", help="only the cases whose name contains TEXT")
     bench.add_argument("--no-rivals", action="store_true", help="only ours, the yardsticks and the ceilings")
     bench.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help="write JSON to FILE, or print it")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times to FILE.png")
@@ -88,28 +90,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     from unlearn_fast.benchmarking.measure import measure
 
     _check_bench(arguments, cases.operators())
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     chosen = [
         case
         for case in (cases.smallest() if arguments.quick else cases.full())
-        if not arguments.operators or case.operator in arguments.operators
+        if (not arguments.operators or case.operator in arguments.operators) and (arguments.case or "") in case.name
     ]
+    if not chosen:
+        raise UsageError(f"bench: --case is {arguments.case!r}: no case that was asked for has it in its name")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     if arguments.no_rivals:
         chosen = [dataclasses.replace(case, rivals={}) for case in chosen]
-    outcomes = [measure(case, cold=not arguments.quick) for case in _progress(chosen, "bench", unit="case")]
+    prints = arguments.json != STDOUT
+    if prints:
+        print(report.explained(chosen))
+    outcomes = []
+    for case in _progress(chosen, "bench", unit="case"):  # each is told, and written, as soon as it is measured
+        outcomes.append(measure(case, cold=not arguments.quick))
+        if prints:
+            print("\n" + report.text(outcomes[-1]), flush=True)
+            if arguments.json is not None:
+                Path(arguments.json).write_text(_json(report.as_json(outcomes, _command(arguments))) + "\n")
+    if not prints:
+        print(_json(report.as_json(outcomes, _command(arguments))))
     if arguments.plot is not None:
         from unlearn_fast.benchmarking.plot import plot
 
         plot(outcomes, arguments.plot)
-    if arguments.json is not None:
-        document = _json(report.as_json(outcomes, _command(arguments)))
-        if arguments.json == STDOUT:
-            print(document)
-        else:
-            Path(arguments.json).write_text(document + "\n")
-    if arguments.json != STDOUT:
-        print(report.text(outcomes))
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
@@ -144,6 +151,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """The command that measures the same again."""
     words = ["unlearn_fast", "bench", *arguments.operators]
     words += ["--quick"] if arguments.quick else []
+    words += ["--case", shlex.quote(arguments.case)] if arguments.case else []
     words += ["--no-rivals"] if arguments.no_rivals else []
     words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
     return " ".join(words)

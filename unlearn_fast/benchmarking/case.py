@@ -93,6 +93,10 @@ class Case:
         wrong_by, allowed = error(results, exact), TOLERANCE[self.dtype]
         return Verdict(wrong_by, "" if wrong_by <= allowed else f"wrong by {wrong_by:.1e}, allowed is {allowed:.0e}")
 
+    def warm_up(self, inputs: Inputs) -> Inputs:
+        """Inputs for a run that starts threads and compiles, before memory is measured."""
+        return self.fresh(inputs)
+
     def fresh(self, inputs: Inputs) -> Inputs:
         """Inputs for one run. A copied input that requires grad is an activation, no longer a leaf."""
         return {name: value.clone() if name in self.overwritten else value for name, value in inputs.items()}

@@ -87,7 +87,7 @@ def full() -> list[Case]:
         case(MLP, B=256, batches=8),
         case(VIT_32, B=16, batches=8),
         case(VIT_224, B=8, batches=4),
-        case(GPT_512, B=8, batches=4),
+        case(GPT_512, B=8, batches=2),
         case(RESNET_18, B=32, batches=4),
     ]
 
@@ -112,6 +112,9 @@ class FisherCase(Case):
     def weighed(self) -> tuple[Case, ...]:
         """Two batches show the peak; with twice the examples they show what it depends on."""
         return case(self.model, B=self.B, batches=2), case(self.model, B=2 * self.B, batches=2)
+
+    def warm_up(self, inputs: Inputs) -> Inputs:
+        return {**inputs, "batches": [next(fisher_rivals.split(inputs["batches"][0], 2))]}
 
     def counted(self) -> Cost:
         return self.cost._replace(flops=_ordinary_flops(self.model, self.B))

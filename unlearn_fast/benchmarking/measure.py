@@ -15,7 +15,7 @@ from unlearn_fast.benchmarking import memory
 from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run, make_inputs
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
-BUDGET = 30.0  # seconds of an implementation after which it sits out the rounds left, once it has been in one
+BUDGET = 20.0  # seconds of an implementation after which it sits out the rounds left, once it has been in one
 GEMM = 1536  # the square float32 matrix product whose rate is the ceiling of work that is counted in FLOPs
 
 

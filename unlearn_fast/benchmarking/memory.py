@@ -45,7 +45,7 @@ def _measure(sender: Connection, case_name: str, entrant_name: str, threads: int
     case = cases.find(case_name)
     entrant = next(e for e in case.entrants() if e.name == entrant_name)
     inputs = make_inputs(case)
-    entrant.run(case.fresh(inputs))  # compiles, starts threads
+    entrant.run(case.warm_up(inputs))
     prepared = case.fresh(inputs)
     ctypes.CDLL(None).malloc_trim(0)  # freed memory must not serve the run unseen
     _CLEAR_REFS.write_text("5")  # sets the peak back to the present

@@ -6,37 +6,37 @@ import torch
 
 from unlearn_fast import info
 from unlearn_fast.benchmarking import fisher_report, fisher_rivals, measure
+from unlearn_fast.benchmarking.case import Case
 from unlearn_fast.benchmarking.fisher import FisherCase
 from unlearn_fast.benchmarking.measure import Outcome, Timing
 
 
-def text(outcomes: list[Outcome]) -> str:
-    """One block of lines a case."""
-    fishers = [outcome for outcome in outcomes if isinstance(outcome.case, FisherCase)]
-    others = [outcome for outcome in outcomes if outcome not in fishers]
+def explained(cases: list[Case]) -> str:
+    """How to read what `text` tells of these cases."""
     lines = [
         f"median of {measure.ROUNDS} rounds, fewer for what takes over {measure.BUDGET:.0f} s;"
         f" {torch.get_num_threads()} threads"
     ]
-    if others:
+    if not all(isinstance(case, FisherCase) for case in cases):
         lines += [
             "ratio: time over ours; extra memory: peak beyond the inputs;",
             "ceiling: share of what this machine's copy, or float32 matrix product, reaches on the same cost;"
             " (other work): timed for scale, not a rival",
         ]
-    for outcome in others:
-        unit = "GFLOP/s" if outcome.case.counted().flops else "GB/s"
-        lines += [
-            "",
-            f"{outcome.case.name}  (ceiling {outcome.ceiling * 1e3:.3g} ms at {outcome.rate / 1e9:.3g} {unit})",
-        ]
-        rows = [_row(outcome, timing) for timing in outcome.timings]
-        lines += [f"  {line}" for line in info.table(("", f"{'ms':>9}", "ratio", "extra memory", "ceiling"), rows)]
-    if fishers:
-        lines += ["", fisher_report.EXPLAINED]
-    for outcome in fishers:
-        lines += ["", *fisher_report.table(outcome)]
+    if any(isinstance(case, FisherCase) for case in cases):
+        lines.append(fisher_report.EXPLAINED)
     return "\n".join(lines)
+
+
+def text(outcome: Outcome) -> str:
+    """One block of lines."""
+    if isinstance(outcome.case, FisherCase):
+        return "\n".join(fisher_report.table(outcome))
+    unit = "GFLOP/s" if outcome.case.counted().flops else "GB/s"
+    title = f"{outcome.case.name}  (ceiling {outcome.ceiling * 1e3:.3g} ms at {outcome.rate / 1e9:.3g} {unit})"
+    rows = [_row(outcome, timing) for timing in outcome.timings]
+    table = info.table(("", f"{'ms':>9}", "ratio", "extra memory", "ceiling"), rows)
+    return "\n  ".join([title, *table])
 
 
 def _row(outcome: Outcome, timing: Timing) -> tuple[str, ...]:

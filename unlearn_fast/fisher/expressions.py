@@ -24,6 +24,8 @@ class Region(NamedTuple):
 
     def of(self, t: Tensor) -> Tensor:
         """The same part of a contiguous tensor of the parameter's shape."""
+        if self.shape == t.shape and self.offset == 0 and self.strides == t.stride():
+            return t
         return t.as_strided(self.shape, self.strides, t.storage_offset() + self.offset)
 
 
@@ -120,6 +122,11 @@ def gradients_of(expressions: Sequence[Expression]) -> Iterator[tuple[str, Parts
             (parent, _), *_ = e.parents
             parent.gradients += [e.push(g) for g in e.gradients]
             e.gradients = []
+    if len(expressions) == 1:  # a parameter that is used as it is
+        (root,) = expressions
+        assert root.region is not None
+        yield str(root.key), [(root.region, total(root.gradients))] if root.gradients else []
+        return
     for root in (e for e in expressions if not e.parents):
         own = [e for e in expressions if root.key in e.roots and e.gradients]
         regions: dict[Region, list[PerExampleGradient]] = {}

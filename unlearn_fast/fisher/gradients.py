@@ -5,7 +5,7 @@ else is asked for; `weighted_sum(w)` is `sum_b w_b G_b`; and `dense(start, stop)
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,8 +44,14 @@ class Moments:
         """The arguments of the operators that say what to add."""
         return {"first": self.first, "absolute": self.absolute, "weights": self.weights}
 
-    def map(self, view: Any) -> "Moments":
-        return replace(self, second=view(self.second), first=None if self.first is None else view(self.first))
+    def map(self, view: Callable[[Tensor], Tensor]) -> "Moments":
+        second = view(self.second)
+        if second is self.second:
+            return self
+        return replace(self, second=second, first=None if self.first is None else view(self.first))
+
+    def shaped(self, shape: Sequence[int]) -> "Moments":
+        return self.map(lambda t: t if t.shape == shape else t.view(shape))
 
     def of_examples(self, start: int, stop: int) -> "Moments":
         return self if self.weights is None else replace(self, weights=self.weights[start:stop])
@@ -123,7 +129,7 @@ class Scaled(PerExampleGradient):
 
     def add_to(self, moments: Moments) -> None:
         inputs, grads = _same_dtype(self.inputs, self.grads)
-        flat = moments.map(lambda t: t.view(-1))
+        flat = moments.shaped((self.grads.shape[-1],))
         sum_grad_squared_scale_(flat.second, inputs, grads, **flat.options)
 
 
@@ -146,7 +152,7 @@ class Outer(PerExampleGradient):
         return weighted.flatten(0, 1).T @ self.inputs.flatten(0, 1).to(weights.dtype)
 
     def add_to(self, moments: Moments) -> None:
-        matrix, inputs, grads = moments.map(lambda t: t.view(self.shape)), self.inputs, self.grads
+        matrix, inputs, grads = moments.shaped(self.shape), self.inputs, self.grads
         if matrix.second.stride(0) == 1 < matrix.second.stride(1):  # a transposed weight: its rows lie in memory
             matrix, inputs, grads = matrix.map(Tensor.t), grads, inputs
         sum_grad_squared_linear_(matrix.second, inputs, grads, **matrix.options)

@@ -8,6 +8,7 @@ gradients, a third of a backward, are never computed.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,12 +36,15 @@ class Trace(Watch):
         self.expressions = [Expression.of_parameter(name, p) for name, p in parameters.items()]  # parents first
         self.known = {id(e.tensor): e for e in self.expressions}
         self.of_root = {str(e.key): [e] for e in self.expressions}
-        self.module_names = {module: name for name, module in model.named_modules()}
         self.order: Counter[Hashable] = Counter()  # how often each key occurred
         self.uses: Counter[str] = Counter()  # of each parameter
         self.narrow: set[str] = set()  # parameters whose gradients come in 16 bits
         self.unplanned = False  # the model did what the plan does not hold: nothing of this forward may be used
         self.in_backward = False  # where functions run only because a checkpointed part is computed again
+
+    @cached_property
+    def module_names(self) -> dict[nn.Module, str]:
+        return {module: name for name, module in self.model.named_modules()}
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -190,8 +194,8 @@ class Trace(Watch):
                     receive(*tensors)
 
         if not self.in_backward:
-            for e in expressions:
-                self.uses.update(e.roots)
+            for root in (root for e in expressions for root in e.roots):
+                self.uses[root] += 1
         return _Tap.apply(self.trigger, value, receive_unwatched, *kept)
 
     def _fits(self, t: Tensor, axis: int, key: Hashable = None) -> bool:
@@ -208,7 +212,7 @@ class Trace(Watch):
     def _split(self, t: Tensor, axis: int, inner: bool = False) -> Tensor:
         """The examples in front: an axis of n moves there; of n * k (`inner`: k * n), the k stay where they were."""
         if t.shape[axis] == self.n:
-            return t.movedim(axis, 0)
+            return t.movedim(axis, 0) if axis else t
         return t.unflatten(axis, (-1, self.n) if inner else (self.n, -1)).movedim(axis + inner, 0)
 
     # -- expressions -----------------------------------------------------------------------------------------------
@@ -265,7 +269,8 @@ class Trace(Watch):
 
     def _arrived(self, expression: Expression, gradient: PerExampleGradient) -> None:
         expression.gradients.append(gradient)
-        self.waiting.subtract(expression.roots)
+        for root in expression.roots:
+            self.waiting[root] -= 1
         root, *others = expression.roots
         if not others and not self.waiting[root] and root not in self.joint:
             self._settle(self.of_root[root])

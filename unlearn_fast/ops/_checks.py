@@ -70,7 +70,7 @@ def moments(out: Tensor, first: Tensor | None, weights: Tensor | None, B: int) -
 
 
 def own_memory(name: str, tensor: Tensor) -> None:
-    if may_overlap(tensor.shape, tensor.stride()):
+    if not tensor.is_contiguous() and may_overlap(tensor.shape, tensor.stride()):
         raise ValueError(f"{name} has overlapping (expanded) memory: give it memory of its own")
 
 

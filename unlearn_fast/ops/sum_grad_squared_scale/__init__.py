@@ -49,10 +49,7 @@ def sum_grad_squared_scale_(
     torch.ops.unlearn_fast.sum_grad_squared_scale_(
         out.detach(), inputs, grad_outputs.detach(), weights_, first_, scale, absolute
     )
-    if not torch.compiler.is_compiling():
-        for written in (out, first):
-            if written is not None and not written.is_inference():
-                torch.autograd.graph.increment_version(written)
+    _checks.written(out, first)
     return out
 
 
@@ -79,8 +76,6 @@ def _check(out: Tensor, inputs: Tensor | None, grad_outputs: Tensor) -> None:
         raise ValueError(
             f"out is on {out.device} and grad_outputs on {grad_outputs.device}: they must be on one device"
         )
-    if _checks.may_overlap(out.shape, out.stride()):
-        raise ValueError("out has overlapping (expanded) memory: give it memory of its own")
 
 
 def _add_squares(
