@@ -17,10 +17,11 @@ from unlearn_fast.benchmarking.gpt import GPT, next_token_losses
 
 # Of a parameter's importance, in norm: rounding is below it, and every mistake seen is far above.
 TOLERANCE = 1e-5
-# Where rounding moves the input of a ReLU across zero, the gradient jumps, in every implementation. So much more than
-# the error of torch's own float32 gradients of the same batches is allowed, where that is more than the tolerance; ours
-# must then keep the tolerance on the float64 model.
-MARGIN = 2.0
+# Where rounding moves the input of a ReLU across zero, the gradient jumps, in every implementation. So many times the
+# error of torch's own float32 gradients of the same batches is allowed, where that is more than the tolerance: 2, since
+# squares double a relative error, times 2, since each implementation rounds in its own way. Ours must then keep the
+# tolerance on the float64 model.
+MARGIN = 4.0
 FIRST = "ours, with the first batch's check"
 BASELINE = "ordinary forward, backward"
 LIBRARIES = ("BackPACK", "opacus")

@@ -14,7 +14,7 @@ from unlearn_fast.benchmarking.measure import Outcome, Timing
 def explained(cases: list[Case]) -> str:
     """How to read what `text` tells of these cases."""
     lines = [
-        f"median of {measure.ROUNDS} rounds, fewer for what takes over {measure.BUDGET:.0f} s;"
+        f"median of {measure.ROUNDS} rounds, fewer for rivals that take over {measure.BUDGET['rival']:.0f} s;"
         f" {torch.get_num_threads()} threads"
     ]
     if not all(isinstance(case, FisherCase) for case in cases):

@@ -247,8 +247,9 @@ class Trace(Watch):
         self, weight: Expression, tokens: Tensor, _: Any, padding_idx: int | None = None, *others: Any, **options: Any
     ) -> Callable[[PerExampleGradient], PerExampleGradient]:
         """An embedding of tokens that all examples share: each example's gradient goes to the same rows."""
-        shared = tokens.expand(self.n, *tokens.shape)
-        return lambda g: embedding_rows(shared, g.dense(0, self.n), weight.tensor, padding_idx)
+        shared, rows = tokens.expand(self.n, *tokens.shape), weight.tensor
+        # Without self: the expression that holds this would keep the whole pass, and its memory, in a cycle.
+        return lambda g: embedding_rows(shared, g.dense(0, len(shared)), rows, padding_idx)
 
     # -- backward --------------------------------------------------------------------------------------------------
 
