@@ -19,6 +19,7 @@ from unlearn_fast import (
     causal_lm_losses,
     classification_losses,
     diagonal_fisher,
+    output_norm_losses,
 )
 
 
@@ -304,31 +305,67 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     class Stop(Exception):
         pass
 
-    def stopping(m, b):
-        if b[0][0, 0] == 7:
-            raise Stop
-        return classification_losses(m, b)
+    def stopping(batches):
+        yield from batches
+        raise Stop
 
     file = tmp_path / "state"
     batches = [vectors() for _ in range(3)]
-    batches[2][0][0, 0] = 7
     options = {"checkpoint": file, "checkpoint_seconds": 0}
     with pytest.raises(Stop):
-        fisher(mlp(), batches, stopping, **options)
+        fisher(mlp(), stopping(batches[:2]), **options)
     before = file.read_bytes()
     with pytest.raises(ValueError, match="belongs to another measurement \\(model is"):
         fisher(mlp(1), batches, **options)
+    with pytest.raises(ValueError, match="belongs to another measurement \\(losses is 'classification_losses' there"):
+        fisher(mlp(), batches, output_norm_losses, **options)
+    frozen = mlp()
+    frozen[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="belongs to another measurement \\(parameters is"):
+        fisher(frozen, batches, **options)
     with pytest.raises(
         ValueError, match="belongs to another measurement \\(mode is 'per_example' there and 'absolute'"
     ):
         fisher(mlp(), batches, mode="absolute", **options)
     with pytest.raises(ValueError, match="made from other batches"):
         fisher(mlp(), batches[::-1], **options)
+    with pytest.raises(ValueError, match="holds 2 batches, and only 1 came"):
+        fisher(mlp(), batches[:1], **options)
     assert file.read_bytes() == before
+    file.write_bytes(before[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        fisher(mlp(), batches, **options)
+    with pytest.raises(ValueError, match="its folder does not exist"):
+        fisher(mlp(), batches, checkpoint=tmp_path / "none" / "state")
     importance = fisher(mlp(), [batches[0]])
     importance.save(file)
     with pytest.raises(ValueError, match="was not written by diagonal_fisher"):
         fisher(mlp(), batches, **options)
+
+
+def test_a_checkpoint_of_all_batches_and_random_batches(tmp_path):
+    """Killed after the last batch; and batches drawn with torch's own random numbers go on as they would have."""
+
+    class Stop(Exception):
+        pass
+
+    def augmented(stop_at=None):
+        torch.manual_seed(0)
+        for i, (x, y) in enumerate(batches):
+            if i == stop_at:
+                raise Stop
+            yield x + torch.randn(x.shape), y
+        if stop_at == len(batches):
+            raise Stop
+
+    batches = [vectors() for _ in range(4)]
+    expected = fisher(mlp(), augmented())
+    for stop_at in (2, 4):
+        options = {"checkpoint": tmp_path / "state", "checkpoint_seconds": 0}
+        with pytest.raises(Stop):
+            fisher(mlp(), augmented(stop_at), **options)
+        ours = fisher(mlp(), augmented(), **options)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,24 +71,31 @@ class Checkpoint:
 
     def __init__(self, path: Any, seconds: float, settings: dict[str, Any]) -> None:
         self.path, self.seconds, self.settings = Path(path), seconds, settings
+        if not self.path.parent.is_dir():
+            self.refuse("cannot be written, its folder does not exist: make it first")
         self.written = time.monotonic()
 
     def load(self, accumulation: Accumulation) -> Tensor | None:
         """Fills the accumulation from the file; returns the state of the random numbers, or None without a file."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not self.path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
+        try:
+            opened = safe_open(self.path, "pt")
+        except SafetensorError as error:
+            self.refuse(f"is damaged ({error}): delete it, or name another file")
+        with opened as file:
             record = (file.metadata() or {}).get("unlearn_fast.checkpoint")
             facts = json.loads(record) if record else {}
             if not facts:
-                raise ValueError(f"checkpoint {str(self.path)!r} was not written by diagonal_fisher: name another file")
+                self.refuse("was not written by diagonal_fisher: name another file")
             for name, value in self.settings.items():
                 if facts["settings"].get(name) != value:
-                    raise ValueError(
-                        f"checkpoint {str(self.path)!r} belongs to another measurement ({name} is"
-                        f" {facts['settings'].get(name)!r} there and {value!r} here): delete it, or name another file"
+                    there = facts["settings"].get(name)
+                    self.refuse(
+                        f"belongs to another measurement ({name} is {there!r} there and {value!r} here): delete it, or"
+                        " name another file"
                     )
             accumulation.examples, accumulation.batches = facts["examples"], facts["batches"]
             self.first_batch = facts["first_batch"]
@@ -105,9 +112,7 @@ class Checkpoint:
             sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float64)
             digest.update(f"{tuple(t.shape)} {t.dtype} {sample.tolist()}".encode())
         if resumed and digest.hexdigest() != self.first_batch:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} was made from other batches: it needs the same ones, in the same order"
-            )
+            self.refuse("was made from other batches: it needs the same ones, in the same order")
         self.first_batch = digest.hexdigest()
 
     def save(self, accumulation: Accumulation, *, now: bool = False) -> None:
@@ -123,6 +128,9 @@ class Checkpoint:
         }
         write_safetensors(self.path, held, {"unlearn_fast.checkpoint": json.dumps(facts)})
         self.written = time.monotonic()
+
+    def refuse(self, why: str) -> NoReturn:
+        raise ValueError(f"checkpoint {str(self.path)!r} {why}")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ def batch_size(batch: Any) -> int:
 
 def examples(batch: Any, start: int, stop: int) -> Any:
     """The examples [start, stop): every tensor and list of leading size B is cut, everything else is kept."""
-    return _along_examples(batch, batch_size(batch), lambda part: part[start:stop], top=True)
+    return _along_examples(batch, batch_size(batch), lambda part: part[start:stop])
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -28,7 +28,13 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 def with_first_again(batch: Any) -> Any:
     """The batch with its first example once more at the end."""
-    return _along_examples(batch, batch_size(batch), _again, top=True)
+    return _along_examples(batch, batch_size(batch), _again)
+
+
+def in_own_containers(batch: Any, *, copies: bool = False) -> Any:
+    """The same batch, but what is taken out of its containers stays in the caller's; with `copies`, so do the values of
+    its tensors."""
+    return _mapped(batch, lambda part: (part.clone() if copies else part) if isinstance(part, Tensor) else None)
 
 
 def _leaves(batch: Any) -> list[Any]:
@@ -45,14 +51,26 @@ def _again(part: Tensor | list[Any] | tuple[Any, ...]) -> Any:
     return torch.cat([part, part[:1]]) if isinstance(part, Tensor) else type(part)([*part, part[0]])
 
 
-def _along_examples(part: Any, B: int, change: Callable[[Any], Any], *, top: bool = False) -> Any:
-    """Changes every tensor of leading size B, and lists of B things that are no tensors. Containers keep their type."""
+def _along_examples(batch: Any, B: int, change: Callable[[Any], Any]) -> Any:
+    """Changes every tensor of leading size B, and lists of B things that are no tensors."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part) if part.dim() and part.shape[0] == B else part
+        plain = isinstance(part, (tuple, list)) and not any(isinstance(leaf, Tensor) for leaf in _leaves(part))
+        return change(part) if plain and len(part) == B and part is not batch else None
+
+    return _mapped(batch, changed)
+
+
+def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
+    """Each part as `change` has it, or, where that is None, with its own parts mapped. Containers keep their type."""
 
     def inside(value: Any) -> Any:
-        return _along_examples(value, B, change)
+        return _mapped(value, change)
 
-    if isinstance(part, Tensor):
-        return change(part) if part.dim() and part.shape[0] == B else part
+    if (changed := change(part)) is not None:
+        return changed
     if isinstance(part, Mapping):
         return _with_values(part, {name: inside(value) for name, value in part.items()})
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
@@ -61,11 +79,9 @@ def _along_examples(part: Any, B: int, change: Callable[[Any], Any], *, top: boo
             object.__setattr__(copied, name, inside(value))
         return copied
     if isinstance(part, (tuple, list)):
-        if not top and len(part) == B and not any(isinstance(leaf, Tensor) for leaf in _leaves(part)):
-            return change(part)
-        changed = [inside(value) for value in part]
+        parts = [inside(value) for value in part]
         kind: Any = type(part)
-        return kind(*changed) if hasattr(part, "_fields") else kind(changed)
+        return kind(*parts) if hasattr(part, "_fields") else kind(parts)
     return part
 
 

@@ -1,11 +1,12 @@
 """Diagonal Fisher information of any module, exact per example."""
 
+import functools
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +81,9 @@ def diagonal_fisher(
         raise ValueError(
             f"target_error is {target_error!r}, mode {mode!r}: it must be positive, and not in mode 'batch'"
         )
-    if model in _MEASURED:  # its parameters are switched off
-        raise RuntimeError("the model is being measured already: measure it once at a time, or copies of it")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {"mode": mode, "first_moment": first_moment, "target_error": target_error is not None}
+    settings |= {"losses": _name(losses), "parameters": hashlib.sha256(repr(list(parameters)).encode()).hexdigest()}
     settings["model"] = fingerprint = model_fingerprint(model)
     sums = Accumulation(parameters, absolute=mode == "absolute", first=first_moment, spread=target_error is not None)
     file = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_seconds, settings)
@@ -93,8 +93,8 @@ def diagonal_fisher(
             add = _BatchGradients(model, parameters, losses, sums.tensors["second"])
         else:
             add = PerExample(model, parameters, losses, sums.moments)
-        _run(batches, add, sums, file, target_error, progress)
-        if sums.examples and not add.saw_gradient:
+        measured = _run(batches, add, sums, file, target_error, progress)
+        if measured and not add.saw_gradient:
             raise ValueError(NO_GRADIENT)
     if sums.examples == 0:
         raise ValueError("batches held no examples: it must hold at least one")
@@ -120,22 +120,26 @@ def _run(
     file: Checkpoint | None,
     target_error: float | None,
     progress: bool,
-) -> None:
+) -> int:
+    """Returns how many batches were measured here, those of the file not counted."""
     random_numbers = file.load(sums) if file is not None else None
-    done = sums.batches
+    done, index = sums.batches, -1
     for index, (batch, n) in enumerate(with_progress(batches, progress, "diagonal Fisher")):
         if file is not None and index == 0:
             file.check_first(batch, resumed=random_numbers is not None)
         if index < done:
+            if random_numbers is not None and index == done - 1:  # before the next batch is drawn
+                torch.set_rng_state(random_numbers)
             continue
-        if random_numbers is not None and index == done:
-            torch.set_rng_state(random_numbers)
         add.add(batch, n)
         sums.finish_batch(n)
         if target_error is not None and sums.relative_error() <= target_error:
             break
         if file is not None:
             file.save(sums)
+    if file is not None and index + 1 < done:
+        file.refuse(f"holds {done} batches, and only {index + 1} came: it needs the same ones, in the same order")
+    return sums.batches - done
 
 
 class _BatchGradients:
@@ -162,12 +166,15 @@ class _BatchGradients:
             torch._foreach_add_(sums, squares)
 
 
-_MEASURED: WeakSet[nn.Module] = WeakSet()
+_measured: set[int] = set()  # the identities of parameters that are switched off by a measurement
 
 
 @contextmanager
 def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, gradients on and every requires_grad off; everything as it was afterwards, exceptions included."""
+    own = {id(param) for param in model.parameters()}
+    if own & _measured:
+        raise RuntimeError("the model is being measured already: measure it once at a time, or copies of it")
     for name, param in parameters.items():
         if not param.is_floating_point():
             raise TypeError(
@@ -185,7 +192,7 @@ def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
-    _MEASURED.add(model)
+    _measured.update(own)
     try:
         model.eval()
         for param in parameters.values():
@@ -193,13 +200,21 @@ def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
         with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
             yield
     finally:
-        _MEASURED.discard(model)
+        _measured.difference_update(own)
         for handle in handles:
             handle.remove()
+        model.train(training[0][1])  # modules may do more in it than set their flags
         for module, flag in training:
             module.training = flag
         for param in parameters.values():
             param.requires_grad_(True)
+
+
+def _name(losses: Any) -> str:
+    """Tells a checkpoint of other losses, as far as names can."""
+    if isinstance(losses, functools.partial):
+        return f"{_name(losses.func)} {losses.args} {losses.keywords}"
+    return getattr(losses, "__qualname__", type(losses).__qualname__)
 
 
 def _uncompiled() -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unlearn_fast.fisher.gradients import WORKSPACE_BYTES, Moments, PerExampleGradient, total, wide
+from unlearn_fast.ops._checks import may_overlap
 
 
 class Region(NamedTuple):
@@ -71,6 +72,8 @@ def region_of_view(parent: Expression, leaf: Tensor, value: Tensor) -> Region | 
     if parent.region is None or parent.region.strides != leaf.stride():
         return None
     if value.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+        return None
+    if may_overlap(value.shape, value.stride()):  # several elements are one: their gradients must be added first
         return None
     offset = parent.region.offset + value.storage_offset() - leaf.storage_offset()
     return Region(tuple(value.shape), tuple(value.stride()), int(offset))

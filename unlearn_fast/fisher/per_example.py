@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unlearn_fast.fisher.batches import examples, with_first_again
-from unlearn_fast.fisher.checking import Comparison, random_weights
+from unlearn_fast.fisher.batches import examples, in_own_containers, tensors_in, with_first_again
+from unlearn_fast.fisher.calls import unwatched
+from unlearn_fast.fisher.checking import Comparison, random_weights, same_losses
 from unlearn_fast.fisher.expressions import Expression, add_moments, gradients_of
 from unlearn_fast.fisher.gradients import Moments, dense, wide
 from unlearn_fast.fisher.losses import WeightedLosses
@@ -26,6 +27,8 @@ Losses = Callable[[nn.Module, Any], Tensor | WeightedLosses]
 # Examples of the first batch that are checked: what holds for them holds for all, unless indexing depends on the data,
 # for which whole batches are checked. More than two, since two may happen to be alike.
 FIRST = 3
+# As many examples are compared again in the 16th, the 64th, the 256th batch, ...
+AGAIN, FACTOR = 16, 4
 
 
 class PerExample:
@@ -46,16 +49,29 @@ class PerExample:
         self.slow: dict[str, str] = {}  # parameter -> why it goes the one-example way
         self.saw_gradient = not parameters
         self.plain_backward = False  # whether the model has reentrant checkpoints
+        self.narrow = False  # whether it computes in 16 bits
+        self.copies = False  # whether the model changes its batches in place
+        self.batches, self.again, self.told = 0, AGAIN, 0
+        for name, param in parameters.items():
+            if param._backward_hooks:  # no fast pass computes the gradient that the hook is for
+                self.slow[name] = "it has a hook on its gradient"
 
     def add(self, batch: Any, n: int) -> None:
+        self.batches += 1
         done: set[str] = set()  # parameters whose moments of this batch have been added
         if n > 1 and self._fast():  # the ordinary gradient of a single example is its own
             if self.plan is None and n > FIRST:
                 self._check(examples(batch, 0, FIRST), FIRST)
+            elif self.plan is not None and self.batches >= self.again:
+                self.again *= FACTOR
+                self._check_again(examples(batch, 0, FIRST), min(n, FIRST))
             if self.plan is None or self.plan.routed or not self._add_fast(batch, n, done):
                 self._check(batch, n)
                 self._add_fast(batch, n, done)
         self._add_slow(batch, n, [name for name in self.parameters if name not in done])
+        if self.warn and len(self.slow) > self.told:
+            self.told = len(self.slow)
+            self._warn()
 
     def _fast(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.parameters.items() if name not in self.slow}
@@ -97,7 +113,6 @@ class PerExample:
 
     def _check(self, batch: Any, n: int) -> None:
         """Makes or extends the plan, and finds what it serves and what it cannot serve."""
-        known = len(self.slow)
         try:
             with self._same_random_numbers():
                 self.proved |= self._compare(batch, n)
@@ -106,41 +121,61 @@ class PerExample:
                 self._losses(batch, n)  # raises what the model itself does wrong
             why = f"its fast pass failed ({type(failure).__name__}: {failure})"
             self.slow.update({name: why for name in self._fast()})
-        if self.warn and len(self.slow) > known:
-            self._warn()
+
+    def _check_again(self, batch: Any, n: int) -> None:
+        """Compares what the plan makes of these examples: a change that nothing shows is found late, but found."""
+        assert self.plan is not None
+        with self._same_random_numbers():
+            _, comparison = self._ordinary(batch, n)
+        with self._same_random_numbers():
+            trace = Trace(self.model, self._fast(), n, self.plan)
+            self._subtract(comparison, trace, batch, n)
+        wrong = [name for name in comparison.disagreeing() if name in self.proved]
+        if wrong and not trace.unplanned:
+            raise RuntimeError(
+                f"the gradients of {', '.join(wrong[:8])} no longer reach the right examples in batch {self.batches}:"
+                " the model does something else with these data, unseen. Measure it with one example a batch."
+            )
 
     def _compare(self, batch: Any, n: int) -> set[str]:
         """Returns the parameters whose gradients are shown to be attributed rightly."""
         fast, record, longer = self._fast(), Record(n + 1), with_first_again(batch)
         with _requiring_grad(fast.values()), self._same_random_numbers(), record.watching(self.model):
+            versions = _versions(longer)
             self._losses(longer, n + 1)
+            self.copies |= versions != _versions(longer)
         del longer
+        self.narrow |= record.narrow
         with self._same_random_numbers():
             values, comparison = self._ordinary(batch, n)
-        if not self._independent(batch, values, narrow=record.narrow):
+        if not self._independent(batch, values):
             self.slow.update(dict.fromkeys(fast, "the losses depend on the other examples of the batch"))
             return set()
         plan = Plan()
         trace = Trace(self.model, fast, n, plan, Planner(plan, record, n))
+        self._subtract(comparison, trace, batch, n)
+        self.plan = self.plan or Plan()
+        self.plan.learn(plan)
+        self.slow.update(plan.opaque)
+        for name in comparison.disagreeing():
+            seen = name in comparison.arrived
+            why = "its gradients could not be told apart by example" if seen else "no torch function shows its use"
+            self.slow.setdefault(name, why)
+        return comparison.proved()
+
+    def _subtract(self, comparison: Comparison, trace: Trace, batch: Any, n: int) -> None:
+        """Takes what the trace finds from the ordinary gradients."""
+        comparison.narrow, opaque = self.narrow, trace.plan.opaque
         with trace.watching(self.model):
             values, _ = self._losses(batch, n)
             for k in range(values.shape[1]):
 
                 def compare(expressions: Sequence[Expression], k: int = k) -> None:
                     for name, parts in gradients_of(expressions):
-                        if name not in plan.opaque:
+                        if name not in opaque:
                             comparison.subtract(name, self.parameters[name], parts, k)
 
                 trace.backward(values[:, k].sum(), compare, retain_graph=_more(values, k))
-        comparison.narrow = trace.narrow
-        self.plan = self.plan or Plan()
-        self.plan.learn(plan)
-        self.slow.update(plan.opaque)
-        for name in comparison.disagreeing():
-            seen = name in comparison.seen
-            why = "its gradients could not be told apart by example" if seen else "no torch function shows its use"
-            self.slow.setdefault(name, why)
-        return comparison.proved()
 
     def _ordinary(self, batch: Any, n: int) -> tuple[Tensor, Comparison]:
         """The losses [n, K], and the ordinary gradients of their weighted sum."""
@@ -155,16 +190,15 @@ class PerExample:
         found = {name: dense(g) for name, g in zip(fast, grads, strict=True) if g is not None}
         return values.detach(), Comparison(weights, found)
 
-    def _independent(self, batch: Any, values: Tensor, *, narrow: bool) -> bool:
+    def _independent(self, batch: Any, values: Tensor) -> bool:
         """Whether the first examples, each alone, have the losses that they have in the batch."""
-        share = 0.5 if narrow else 1e-3
         for b in range(min(FIRST, len(values))):
             with self._same_random_numbers():
                 state = torch.get_rng_state()
                 alone, _ = self._losses(examples(batch, b, b + 1), 1)
                 drawn = not torch.equal(state, torch.get_rng_state())
-            if not torch.allclose(values[b : b + 1], alone.detach(), share, share, equal_nan=True):
-                return False
+            if not same_losses(values[b : b + 1], alone.detach(), narrow=self.narrow):
+                return drawn  # alone it may draw other random numbers
             if drawn:  # the next would draw what the first has drawn
                 break
         return True
@@ -203,6 +237,8 @@ class PerExample:
         return torch.random.fork_rng(devices={p.device for p in self.model.parameters() if p.device.type == "cuda"})
 
     def _losses(self, batch: Any, n: int) -> tuple[Tensor, Tensor | None]:  # [n, K], [n, K]
+        with unwatched():
+            batch = in_own_containers(batch, copies=self.copies)
         given = self.losses(self.model, batch)
         values, weights = given if isinstance(given, WeightedLosses) else (given, None)
         values = checked_losses(values, n, weights)
@@ -238,6 +274,12 @@ def checked_losses(values: Any, n: int, weights: Any = None) -> Tensor:
     return values.unsqueeze(1)
 
 
+def _versions(batch: Any) -> list[int]:
+    """Tensors that are changed in place get another."""
+    with unwatched():
+        return [t._version for t in tensors_in(batch) if not t.is_inference()]
+
+
 def _column(weights: Tensor | None, k: int) -> Tensor | None:
     return None if weights is None else weights[:, k]
 
@@ -252,6 +294,11 @@ def _autograd_grad(loss: Tensor, chosen: list[nn.Parameter], retain_graph: bool)
 
 def _plain_backward(loss: Tensor, chosen: list[nn.Parameter], retain_graph: bool) -> Sequence[Tensor | None]:
     """The only backward that reentrant checkpoints know; it leaves gradients in the parameters."""
+    if any(param._post_accumulate_grad_hooks for param in chosen):
+        raise RuntimeError(
+            "a parameter has a hook after the accumulation of its gradient, such as a step of an optimizer, which"
+            " reentrant checkpoints would run: remove it, or use checkpoint(..., use_reentrant=False)"
+        )
     before = [param.grad for param in chosen]
     for param in chosen:
         param.grad = None

@@ -40,9 +40,10 @@ CASTING = _named("to", "type", "type_as", "float", "double", "half", "bfloat16")
 ROUTING = _named(
     "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nonzero_static", "repeat_interleave",
     "sort", "argsort", "msort", "topk",
-) | {torch._VF._pack_padded_sequence}  # fmt: skip
-# Numbers that Python reads: of a batch's data they may be lengths, by which examples are then packed.
-READING = _named("tolist", "item", "int", "index")
+) | {torch._VF._pack_padded_sequence, F.one_hot}  # fmt: skip
+# Numbers that Python reads, or brings: of a batch's data they may be lengths, by which examples are then packed.
+READING = _named("tolist", "item", "int", "index", "numpy", "array")
+BRINGING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
 
 class Kind(Enum):
@@ -59,7 +60,12 @@ class Kind(Enum):
 class Decision(NamedTuple):
     kind: Kind
     axis: int = 0  # of the result that holds the examples, counted from the end
-    inner: bool = False  # where that axis is [k * n], not [n * k]: k entries an example, the example changing fastest
+    # Whether that axis is [k * n], not [n * k]: k entries an example, the example changing fastest. None: not known.
+    inner: bool | None = False
+
+    def known_from(self, before: "Decision") -> "Decision":
+        """The same with the order of entries that was found before, where it is not known."""
+        return self._replace(inner=before.inner) if self.inner is None and self[:2] == before[:2] else self
 
 
 class Plan:
@@ -71,11 +77,17 @@ class Plan:
         self.opaque: dict[str, str] = {}  # parameter -> why it has no rule
         self.served: dict[str, set[str]] = defaultdict(set)  # parameter -> the rules that serve it
         self.differentiated = False  # whether the losses took gradients themselves, as a gradient penalty does
-        self.routed = False  # whether data-dependent indexing came before a use
+        self.routed = False  # whether where examples are depends on the data: every batch must be checked
+        self.steps: set[tuple[Any, Any]] = set()  # from which function to which the model went
 
     def learn(self, other: "Plan") -> None:
         """Takes over what a later check found."""
-        self.decisions.update(other.decisions)
+        for key, found in other.decisions.items():
+            known = self.decisions[key]
+            merged = [new.known_from(old) for old, new in zip(known, found, strict=False)]
+            self.routed |= any(old != new for old, new in zip(known, merged, strict=False) if old.inner is not None)
+            self.decisions[key] = [*merged, *found[len(merged) :], *known[len(merged) :]]
+        self.steps |= other.steps
         for key, entries in other.entries.items():
             self.entries[key] |= entries
         for name, rules in other.served.items():
@@ -98,7 +110,7 @@ class Note(NamedTuple):
 
     what: Any  # the function or module
     shapes: list[tuple[int, ...]]
-    inner: bool  # of the first result's first axis, see `Decision`
+    inner: bool | None  # of the first result's first axis, see `Decision`
 
 
 class Record(Watch):
@@ -112,10 +124,10 @@ class Record(Watch):
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
-        inner = False
+        inner: bool | None = False
         if func in RULES or func in BROADCASTING:
             inner = _is_inner(result, self.m)
-            self.narrow |= any(t.dtype in (torch.bfloat16, torch.float16) for t in all_tensors(result))
+        self.narrow |= any(t.dtype in (torch.bfloat16, torch.float16) for t in all_tensors(result))
         self.calls.append(Note(func, shapes_of(result), inner))
         return result
 
@@ -124,14 +136,15 @@ class Record(Watch):
         self.calls.append(Note(module, shapes_of(result), _is_inner(first, self.m)))
 
 
-def _is_inner(result: Any, m: int) -> bool:
+def _is_inner(result: Any, m: int) -> bool | None:
     """Whether the first axis, of m * k entries, has those of the first and of the last example, which are equal, where
-    [k * m] has them rather than where [m * k] has them."""
+    [k * m] has them rather than where [m * k] has them. None where that cannot be told, or makes no difference."""
     if not isinstance(result, Tensor) or result.dim() == 0 or len(result) % m or len(result) in (0, m):
-        return False
+        return None
     t = result.detach()
     far, near = t.unflatten(0, (m, -1)), t.unflatten(0, (-1, m)).transpose(0, 1)
-    return float((near[0] - near[-1]).abs().sum()) < float((far[0] - far[-1]).abs().sum())
+    apart_far, apart_near = (float((rows[0] - rows[-1]).abs().sum()) for rows in (far, near))
+    return None if apart_far == apart_near else apart_near < apart_far
 
 
 class Planner:
@@ -162,7 +175,7 @@ class Planner:
             result: Any = args[0]
         else:
             with torch.no_grad():
-                result = func(*args, **kwargs)
+                result = func(*args, **{**kwargs, "inplace": False} if "inplace" in kwargs else kwargs)
         shapes = shapes_of(result)
         if not shapes:
             return Decision(Kind.PASS), ""
@@ -172,6 +185,9 @@ class Planner:
         if all(axis is None for axis in axes):
             if in_place and 0 in places:
                 return Decision(Kind.OPAQUE), f"the model changes it itself, by {name}"
+            own = {id(e.tensor) for e in places.values()}
+            if not in_place and any(t.requires_grad for t in all_tensors((args, *kwargs.values())) if id(t) not in own):
+                return Decision(Kind.OPAQUE), f"the result of {name} does not grow with the batch"
             return Decision(Kind.PASS if in_place else Kind.DERIVE), RULES[func].__name__ if func in RULES else ""
         axis = axes[0]
         if axis is None or axis == MIXED or len(axes) > 1:
@@ -217,13 +233,14 @@ class Planner:
             return False
         return self.calls[self.position].shapes[0][decision.axis] != self.n + 1
 
-    def _inner(self, axis: int, shape: tuple[int, ...]) -> bool:
-        return axis == -len(shape) and self.calls[self.position].inner
+    def _inner(self, axis: int, shape: tuple[int, ...]) -> bool | None:
+        return self.calls[self.position].inner if axis == -len(shape) else False
 
     def step(self, func: Any, args: Any, kwargs: Any, result: Any, places: Places) -> None:
         """On to the next call; keeps track of what data-dependent indexing made."""
         self.position += 1
-        self.read |= func in READING
+        brought = func in BRINGING and any(t.dim() and not t.is_floating_point() for t in all_tensors(result))
+        self.read |= brought or func in READING
         given = all_tensors((args, tuple(kwargs.values())))
         routed = any(id(t) in self.routed for t in given)
         if routed and places:

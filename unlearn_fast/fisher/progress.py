@@ -28,8 +28,9 @@ def with_progress(batches: Iterable[Any], show: bool, description: str) -> Itera
 
 def _total(batches: Any, n: int) -> int | None:
     """Batches of n each, as far as there are that many examples."""
-    if not hasattr(batches, "__len__"):
+    try:
+        most = len(batches) * n
+    except TypeError:  # a generator, or a loader of a stream
         return None
     dataset: Any = getattr(batches, "dataset", None)
-    most = len(batches) * n
     return min(most, len(dataset)) if hasattr(dataset, "__len__") else most

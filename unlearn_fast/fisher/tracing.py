@@ -38,7 +38,7 @@ class Trace(Watch):
         self.of_root = {str(e.key): [e] for e in self.expressions}
         self.order: Counter[Hashable] = Counter()  # how often each key occurred
         self.uses: Counter[str] = Counter()  # of each parameter
-        self.narrow: set[str] = set()  # parameters whose gradients come in 16 bits
+        self.last: Any = None  # function that was called
         self.unplanned = False  # the model did what the plan does not hold: nothing of this forward may be used
         self.in_backward = False  # where functions run only because a checkpointed part is computed again
 
@@ -53,6 +53,8 @@ class Trace(Watch):
             self.unplanned |= self.planner is None and not self.plan.differentiated
             self.plan.differentiated = True
         places = self._places(args, kwargs)
+        if not self.in_backward:
+            self._step(func)
         if places and torch.is_grad_enabled():
             result = self._use(func, args, kwargs, places)
         else:
@@ -60,6 +62,14 @@ class Trace(Watch):
         if self.planner is not None and not self.in_backward:
             self.planner.step(func, args, kwargs, result, places)
         return result
+
+    def _step(self, func: Any) -> None:
+        """From one function to the next the model must go as it went when it was checked; loops may run longer."""
+        step, self.last = (self.last, func), func
+        if self.planner is not None:
+            self.plan.steps.add(step)
+        elif step not in self.plan.steps:
+            self.unplanned = True
 
     def _places(self, args: Any, kwargs: Any) -> Places:
         """Where expressions are among the arguments."""
@@ -129,13 +139,16 @@ class Trace(Watch):
     ) -> Tensor:
         front = decision.axis + result.dim()  # what is kept has its examples on the same axis, counted from the front
         kept = [t for use in (uses or {}).values() for t in use.keep]
-        if uses is None or not self._fits(result, front, key) or not all(self._fits(t, front) for t in kept):
+        if (
+            uses is None
+            or not self._fits(result, front, key, decision.inner)
+            or not all(self._fits(t, front) for t in kept)
+        ):
             self.unplanned = True
             return result
 
         def receive(gradient: Tensor, *kept: Tensor) -> None:
             gradient, *parts = (self._split(t, front, decision.inner) for t in (gradient, *kept))
-            self._note_width(uses, gradient)
             for expression, use in uses.items():
                 own, parts = parts[: len(use.keep)], parts[len(use.keep) :]
                 self._arrived(expression, use.form(gradient, *own))
@@ -144,14 +157,13 @@ class Trace(Watch):
 
     def _tap_expanded(self, result: Tensor, key: Hashable, decision: Decision, expression: Expression) -> Tensor:
         front = decision.axis + result.dim()
-        if not self._fits(result, front, key):
+        if not self._fits(result, front, key, decision.inner):
             self.unplanned = True
             return result
         shape = expression.tensor.shape
         padded = [1] * (result.dim() - len(shape)) + list(shape)
 
         def receive(gradient: Tensor) -> None:
-            self._note_width([expression], gradient)
             gradient = self._split(gradient, front, decision.inner)
             if gradient.dim() == result.dim():  # one entry an example
                 gradient = gradient.unsqueeze(front + 1)
@@ -177,10 +189,6 @@ class Trace(Watch):
         args, kwargs = replaced(args, kwargs, expanded)
         return func(*args, **kwargs)
 
-    def _note_width(self, expressions: Iterable[Expression], gradient: Tensor) -> None:
-        if gradient.dtype.itemsize < 4:
-            self.narrow.update(root for e in expressions for root in e.roots)
-
     def _tap(
         self,
         value: Tensor,
@@ -198,8 +206,9 @@ class Trace(Watch):
                 self.uses[root] += 1
         return _Tap.apply(self.trigger, value, receive_unwatched, *kept)
 
-    def _fits(self, t: Tensor, axis: int, key: Hashable = None) -> bool:
-        """Whether the axis can be divided among the examples; with a key, into as many entries as were checked."""
+    def _fits(self, t: Tensor, axis: int, key: Hashable = None, inner: bool | None = False) -> bool:
+        """Whether the axis can be divided among the examples; with a key, into as many entries as were checked, in an
+        order that is known."""
         if not 0 <= axis < t.dim() or t.shape[axis] % self.n:
             return False
         if key is None or self.in_backward:
@@ -207,19 +216,21 @@ class Trace(Watch):
         entries = t.shape[axis] // self.n
         if self.planner is not None:
             self.plan.entries[key].add(entries)
-        return entries in self.plan.entries[key]
+            return True
+        return entries in self.plan.entries[key] and (entries == 1 or inner is not None)
 
-    def _split(self, t: Tensor, axis: int, inner: bool = False) -> Tensor:
+    def _split(self, t: Tensor, axis: int, inner: bool | None = False) -> Tensor:
         """The examples in front: an axis of n moves there; of n * k (`inner`: k * n), the k stay where they were."""
         if t.shape[axis] == self.n:
             return t.movedim(axis, 0) if axis else t
-        return t.unflatten(axis, (-1, self.n) if inner else (self.n, -1)).movedim(axis + inner, 0)
+        return t.unflatten(axis, (-1, self.n) if inner else (self.n, -1)).movedim(axis + bool(inner), 0)
 
     # -- expressions -----------------------------------------------------------------------------------------------
 
     def _derive(self, key: Hashable, func: Any, args: Any, kwargs: Any, places: Places) -> Any:
         leaves = {place: e.tensor.detach().requires_grad_() for place, e in places.items()}
-        leaf_args, leaf_kwargs = replaced(args, kwargs, leaves)
+        inputs = {place: t.clone() for place, t in leaves.items()} if kwargs.get("inplace") else leaves
+        leaf_args, leaf_kwargs = replaced(args, kwargs, inputs)
         value = func(*leaf_args, **leaf_kwargs)
         parents = [(e, leaves[place]) for place, e in places.items()]
         push = self._push_rows(parents[0][0], *args, **kwargs) if func is F.embedding else None
@@ -263,7 +274,7 @@ class Trace(Watch):
                 torch.autograd.backward([loss], inputs=[self.trigger], retain_graph=retain_graph)
         finally:
             self.in_backward = False
-        with unwatched():
+        with unwatched(), torch.no_grad():
             while late := next((e for e in self.expressions if e.gradients), None):  # some uses had no path to the loss
                 roots = _connected(late.roots, self.expressions)
                 self._settle([e for e in self.expressions if e.roots & roots])
