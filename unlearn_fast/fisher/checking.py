@@ -18,7 +18,7 @@ from unlearn_fast.fisher.gradients import wide
 # by about 1; rounding by far less than this. The second is for models that compute in 16 bits.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 NARROW_TOLERANCE = 5e-2
-STRICTER = 0.1  # times these, where any parameter's gradients are attributed wrongly
+STRICTER = 0.1  # times all that, where any parameter's gradients are attributed wrongly
 # A gradient that is mathematically zero (an attention key's bias) is rounding noise on both sides: so many ulps of the
 # largest gradient are no disagreement; fewer where what arrives is so many times fainter than elsewhere.
 NOISE_ULPS = 64
@@ -31,12 +31,12 @@ SAME_NARROW_LOSS = (5e-2, 2e-2)
 class Comparison:
     """Of what a fast pass finds with ordinary gradients, parameter by parameter."""
 
-    def __init__(self, weights: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Tensor, gradients: Mapping[str, Tensor], *, strict: bool = False) -> None:
+        self.strict = strict
         self.weights = weights  # [n, K]
         self.rest = dict(gradients)  # of the weighted losses, less what the fast pass has found of them
         self.sizes = {name: float(g.norm()) for name, g in gradients.items()}
         self.largest = max((size for size in self.sizes.values() if math.isfinite(size)), default=0.0)
-        self.strictness = 1.0
         self.narrow = False  # whether anything was computed in 16 bits
         self.arrived: dict[str, float] = {}  # norm of the loss gradients that theirs are made of, where any were seen
 
@@ -52,8 +52,8 @@ class Comparison:
 
         Where one is, a faint disagreement of another may have the same cause, such as a loss of the whole batch.
         """
-        found = [name for name, rest in self.rest.items() if not self._agrees(name, rest)]
-        self.strictness = STRICTER if found else 1.0
+        if any(not self._agrees(name, rest) for name, rest in self.rest.items() if name in self.arrived):
+            self.strict = True
         return [name for name, rest in self.rest.items() if not self._agrees(name, rest)]
 
     def proved(self) -> set[str]:
@@ -68,11 +68,11 @@ class Comparison:
             return True  # undecided
         if name not in self.arrived:
             return size == 0
-        tolerance = self.strictness * (NARROW_TOLERANCE if self.narrow else TOLERANCE[rest.dtype])
+        tolerance = NARROW_TOLERANCE if self.narrow else TOLERANCE[rest.dtype]
         strongest = max(self.arrived.values())
         faintness = min(1.0, self.arrived[name] / (FAINT * strongest)) if strongest > 0 else 1.0
         noise = NOISE_ULPS * torch.finfo(rest.dtype).eps * self.largest * faintness
-        return float(rest.norm()) <= tolerance * size + noise
+        return float(rest.norm()) <= (tolerance * size + noise) * (STRICTER if self.strict else 1)
 
 
 def same_losses(together: Tensor, alone: Tensor, *, narrow: bool) -> bool:

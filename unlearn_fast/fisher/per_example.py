@@ -50,6 +50,7 @@ class PerExample:
         self.saw_gradient = not parameters
         self.plain_backward = False  # whether the model has reentrant checkpoints
         self.narrow = False  # whether it computes in 16 bits
+        self.strict = False  # whether any gradients could not be told apart
         self.copies = False  # whether the model changes its batches in place
         self.batches, self.again, self.told = 0, AGAIN, 0
         for name, param in parameters.items():
@@ -161,6 +162,7 @@ class PerExample:
             seen = name in comparison.arrived
             why = "its gradients could not be told apart by example" if seen else "no torch function shows its use"
             self.slow.setdefault(name, why)
+        self.strict = comparison.strict
         return comparison.proved()
 
     def _subtract(self, comparison: Comparison, trace: Trace, batch: Any, n: int) -> None:
@@ -188,7 +190,7 @@ class PerExample:
                 loss = (values * weights.to(values)).sum()
                 grads = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
         found = {name: dense(g) for name, g in zip(fast, grads, strict=True) if g is not None}
-        return values.detach(), Comparison(weights, found)
+        return values.detach(), Comparison(weights, found, strict=self.strict)
 
     def _independent(self, batch: Any, values: Tensor) -> bool:
         """Whether the first examples, each alone, have the losses that they have in the batch."""
