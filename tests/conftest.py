@@ -7,6 +7,8 @@ import torch
 import torch.utils.deterministic
 from hypothesis import HealthCheck, settings
 
+from unlearn_fast.fisher.per_example import PerExample
+
 settings.register_profile(
     "reproducible",
     deadline=None,  # machines differ, and the first call may compile
@@ -27,3 +29,17 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     memory.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """How many batches the Fisher's fast pass was checked on."""
+    made = []
+    check = PerExample._check
+
+    def counted(self, *arguments):
+        made.append(1)
+        return check(self, *arguments)
+
+    monkeypatch.setattr(PerExample, "_check", counted)
+    return made

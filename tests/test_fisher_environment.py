@@ -8,13 +8,13 @@ from collections import UserDict
 
 import pytest
 import torch
-from fisher_layers import Wiring
+from fisher_layers import Wiring, parameter
 from fisher_models import CASES
 from test_fisher import fisher, one_example_at_a_time, relative_error
-from test_fisher_check import batches_of, labelled
+from test_fisher_check import assert_exact, batches_of, labelled
 from torch import nn
 
-from unlearn_fast import classification_losses
+from unlearn_fast import classification_losses, diagonal_fisher
 
 
 def test_what_the_caller_does_wrong_is_raised_as_it_is():
@@ -189,3 +189,139 @@ def test_batches_keep_their_type(wrap):
     truth = one_example_at_a_time(model, batches, classification_losses)
     for name, expected in truth.items():
         assert relative_error(ours[name], expected) < 1e-5
+
+
+@pytest.mark.parametrize("view", ["unfold", "expand", "as_strided"])
+def test_views_whose_elements_are_one(view):
+    """Their gradients are added before they are squared."""
+    views = {
+        "unfold": lambda p: p.unfold(0, 9, 1),
+        "expand": lambda p: p[:9].expand(6, 9),
+        "as_strided": lambda p: p.as_strided((6, 9), (1, 1)),
+    }
+    model = Wiring(
+        lambda m, x: m.head(torch.tanh(nn.functional.linear(x, views[view](m.values)))), values=parameter(14)
+    )
+    model.head = nn.Linear(6, 4)
+    assert not assert_exact(model, batches_of(5, 3))
+
+
+def test_hooks_on_gradients_count():
+    """Here one that clips, which only the second batch shows."""
+    model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4)).eval()
+    model[0].weight.register_hook(lambda g: g.clamp(-0.5, 0.5))
+    batches = batches_of(5, 5)
+    batches[1][0].mul_(20)
+    truth = one_example_at_a_time(model, batches, classification_losses)
+    with pytest.warns(UserWarning, match=r"0 \(Linear\): it has a hook on its gradient"):
+        ours = fisher(model, batches)
+    assert all(relative_error(ours[name], expected) < 1e-5 for name, expected in truth.items())
+
+
+def test_batches_stay_the_callers():
+    """A forward that changes its input in place, and losses that take things out of a mapping."""
+
+    def forward(m, x):
+        x -= 0.3
+        return m.head(x)
+
+    def losses(m, batch):
+        return classification_losses(m, (batch.pop("x"), batch.pop("y")))
+
+    model = Wiring(forward, head=nn.Linear(9, 4))
+    batches = batches_of(5, 4)
+    truth = one_example_at_a_time(model, [(x.clone(), y) for x, y in batches], classification_losses)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = fisher(model, [{"x": x, "y": y} for x, y in batches], losses)
+    assert all(relative_error(ours[name], expected) < 1e-5 for name, expected in truth.items())
+
+
+def test_parts_and_wrappers_of_a_measured_model_are_refused():
+    model = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
+
+    def losses(m, b):
+        for other in (nn.Sequential(m), m[0]):
+            with pytest.raises(RuntimeError, match="being measured already"):
+                fisher(other, [b])
+        return classification_losses(m, b)
+
+    fisher(model, batches_of(4), losses)
+
+
+def test_modules_that_do_more_than_set_a_flag_are_put_back():
+    """Like low-rank adapters that are merged in eval mode."""
+
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(9, 6), nn.Dropout(), nn.Linear(6, 4)).train()
+    model[1].eval()
+    fisher(model, batches_of(4))
+    assert not model[0].merged and [module.training for module in model] == [True, False, True]
+
+
+def test_optimizer_steps_inside_a_backward_are_refused():
+    """Reentrant checkpoints would run them, and train the model."""
+
+    def forward(m, x):
+        return m.head(torch.utils.checkpoint.checkpoint(m.inner, m.first(x), use_reentrant=True))
+
+    model = Wiring(forward, first=nn.Linear(9, 6), inner=nn.Linear(6, 6), head=nn.Linear(6, 4))
+    before = model.inner.weight.clone()
+    model.inner.weight.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="hook after the accumulation of its gradient"):
+        fisher(model, batches_of(4))
+    assert torch.equal(model.inner.weight, before)
+
+
+def test_losses_that_draw_random_numbers():
+    """A diffusion loss: alone, an example gets other noise."""
+
+    def losses(m, batch):
+        noise = torch.randn_like(batch[0])
+        level = torch.rand(len(noise), 1)
+        return (m(torch.cat([batch[0] + level * noise, level], 1)) - noise).square().mean(1)
+
+    model = nn.Sequential(nn.Linear(10, 16), nn.SiLU(), nn.Linear(16, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fisher(model, batches_of(6, 6), losses)
+
+
+def test_sums_keep_no_graph():
+    """Parameters that are joined in one value, as by a penalty on their norms, are settled after the backward."""
+    model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 4))
+
+    def losses(m, batch):
+        return classification_losses(m, batch) + sum(p.square().sum() for p in m.parameters())
+
+    assert not any(t.requires_grad for t in fisher(model, batches_of(4, 4), losses).values())
+
+
+def test_loader_of_a_stream():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ((torch.ones(9), i % 4) for i in range(10))
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    assert diagonal_fisher(nn.Linear(9, 4), loader, classification_losses, progress=True).examples == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_in_place_on_values_of_parameters(dtype):
+    """And a layer in float32 in the middle of 16 bits, as adapters are."""
+
+    def forward(m, x):
+        bias = nn.functional.relu(m.table @ m.mix, inplace=True)
+        return m.head(torch.tanh(m.inner(x.to(dtype)) + bias).float() @ m.adapter).to(dtype)
+
+    model = Wiring(
+        forward, inner=nn.Linear(9, 6).to(dtype), table=nn.Parameter(torch.randn(6).to(dtype)),
+        mix=nn.Parameter(torch.randn(6, 6).to(dtype)), adapter=parameter(6, 6), head=nn.Linear(6, 4),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fisher(model, batches_of(6, 6))
