@@ -19,6 +19,7 @@ from unlearn_fast.fisher.gradients import wide
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 NARROW_TOLERANCE = 5e-2
 STRICTER = 0.1  # times all that, where any parameter's gradients are attributed wrongly
+LAXER = 100.0  # times all that, where a disagreement ends the measurement
 # A gradient that is mathematically zero (an attention key's bias) is rounding noise on both sides: so many ulps of the
 # largest gradient are no disagreement; fewer where what arrives is so many times fainter than elsewhere.
 NOISE_ULPS = 64
@@ -31,8 +32,8 @@ SAME_NARROW_LOSS = (5e-2, 2e-2)
 class Comparison:
     """Of what a fast pass finds with ordinary gradients, parameter by parameter."""
 
-    def __init__(self, weights: Tensor, gradients: Mapping[str, Tensor], *, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(self, weights: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        self.slack = 1.0  # factor of what may differ
         self.weights = weights  # [n, K]
         self.rest = dict(gradients)  # of the weighted losses, less what the fast pass has found of them
         self.sizes = {name: float(g.norm()) for name, g in gradients.items()}
@@ -52,8 +53,9 @@ class Comparison:
 
         Where one is, a faint disagreement of another may have the same cause, such as a loss of the whole batch.
         """
-        if any(not self._agrees(name, rest) for name, rest in self.rest.items() if name in self.arrived):
-            self.strict = True
+        wrong = any(not self._agrees(name, rest) for name, rest in self.rest.items() if name in self.arrived)
+        if wrong and self.slack <= 1:
+            self.slack = STRICTER
         return [name for name, rest in self.rest.items() if not self._agrees(name, rest)]
 
     def proved(self) -> set[str]:
@@ -72,7 +74,7 @@ class Comparison:
         strongest = max(self.arrived.values())
         faintness = min(1.0, self.arrived[name] / (FAINT * strongest)) if strongest > 0 else 1.0
         noise = NOISE_ULPS * torch.finfo(rest.dtype).eps * self.largest * faintness
-        return float(rest.norm()) <= (tolerance * size + noise) * (STRICTER if self.strict else 1)
+        return float(rest.norm()) <= self.slack * (tolerance * size + noise)
 
 
 def same_losses(together: Tensor, alone: Tensor, *, narrow: bool) -> bool:

@@ -69,6 +69,8 @@ def diagonal_fisher(
         ValueError: unknown mode; no batches; losses that are not [B] or have no gradient; a BatchNorm that uses the
             statistics of the batch, or an Embedding with scale_grad_by_freq, which couple examples; a checkpoint of
             another measurement.
+        RuntimeError: parameters of the model are being measured already; or gradients that reached the right examples
+            at first no longer do.
 
     Source: Foster, Schoepf, Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
     Dampening", AAAI 2024.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unlearn_fast.fisher.batches import examples, in_own_containers, tensors_in, with_first_again
 from unlearn_fast.fisher.calls import unwatched
-from unlearn_fast.fisher.checking import Comparison, random_weights, same_losses
+from unlearn_fast.fisher.checking import LAXER, Comparison, random_weights, same_losses
 from unlearn_fast.fisher.expressions import Expression, add_moments, gradients_of
 from unlearn_fast.fisher.gradients import Moments, dense, wide
 from unlearn_fast.fisher.losses import WeightedLosses
@@ -50,7 +50,7 @@ class PerExample:
         self.saw_gradient = not parameters
         self.plain_backward = False  # whether the model has reentrant checkpoints
         self.narrow = False  # whether it computes in 16 bits
-        self.strict = False  # whether any gradients could not be told apart
+        self.slack = 1.0  # of further checks; less where any gradients could not be told apart
         self.copies = False  # whether the model changes its batches in place
         self.batches, self.again, self.told = 0, AGAIN, 0
         for name, param in parameters.items():
@@ -128,6 +128,7 @@ class PerExample:
         assert self.plan is not None
         with self._same_random_numbers():
             _, comparison = self._ordinary(batch, n)
+        comparison.slack = LAXER
         with self._same_random_numbers():
             trace = Trace(self.model, self._fast(), n, self.plan)
             self._subtract(comparison, trace, batch, n)
@@ -149,6 +150,7 @@ class PerExample:
         self.narrow |= record.narrow
         with self._same_random_numbers():
             values, comparison = self._ordinary(batch, n)
+        comparison.slack = self.slack
         if not self._independent(batch, values):
             self.slow.update(dict.fromkeys(fast, "the losses depend on the other examples of the batch"))
             return set()
@@ -162,7 +164,7 @@ class PerExample:
             seen = name in comparison.arrived
             why = "its gradients could not be told apart by example" if seen else "no torch function shows its use"
             self.slow.setdefault(name, why)
-        self.strict = comparison.strict
+        self.slack = comparison.slack
         return comparison.proved()
 
     def _subtract(self, comparison: Comparison, trace: Trace, batch: Any, n: int) -> None:
@@ -170,6 +172,8 @@ class PerExample:
         comparison.narrow, opaque = self.narrow, trace.plan.opaque
         with trace.watching(self.model):
             values, _ = self._losses(batch, n)
+            if trace.planner is None and trace.unplanned:
+                return
             for k in range(values.shape[1]):
 
                 def compare(expressions: Sequence[Expression], k: int = k) -> None:
@@ -190,7 +194,7 @@ class PerExample:
                 loss = (values * weights.to(values)).sum()
                 grads = torch.autograd.grad(loss, list(fast.values()), allow_unused=True)
         found = {name: dense(g) for name, g in zip(fast, grads, strict=True) if g is not None}
-        return values.detach(), Comparison(weights, found, strict=self.strict)
+        return values.detach(), Comparison(weights, found)
 
     def _independent(self, batch: Any, values: Tensor) -> bool:
         """Whether the first examples, each alone, have the losses that they have in the batch."""
