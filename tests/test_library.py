@@ -18,13 +18,14 @@ PACKAGE = Path(unlearn_fast.__file__).parent
 TESTS = Path(__file__).parent
 IN_PLACE = {  # operator -> the arguments that it writes
     "token_logprobs_backward_": ["logits"],
+    "token_kl_backward_": ["logits"],
     "sum_grad_squared_conv_": ["out", "first"],
     "sum_grad_squared_linear_": ["out", "first"],
     "sum_grad_squared_embedding_": ["out", "first"],
     "sum_grad_squared_scale_": ["out", "first"],
     "dampen_": ["params"],
 }
-CPU_KERNELS = {"token_logprobs", "token_logprobs_backward", *IN_PLACE}
+CPU_KERNELS = {"token_logprobs", "token_logprobs_backward", "token_kl", "token_kl_backward", *IN_PLACE}
 
 
 def fresh_process(code: str, *path: Path) -> dict:
@@ -68,7 +69,9 @@ def test_opcheck(name):
         "sum_grad_squared_embedding_",
         "sum_grad_squared_linear_",
         "sum_grad_squared_scale_",
+        "token_kl",
         "token_logprobs",
+        "token_statistics",
     ],
 )
 def test_references_have_the_same_arguments(name):
@@ -154,6 +157,7 @@ with warnings.catch_warnings(record=True) as caught:
         unlearn_fast.token_logprobs(x, labels).sum().backward()
         unlearn_fast.token_logprobs(x * 1, labels, inplace_backward=True).sum().backward()
         unlearn_fast.linear_token_logprobs(x, weight, labels).sum().backward()
+        unlearn_fast.token_kl(x, x.detach(), labels).sum().backward()
         unlearn_fast.sum_grad_squared_linear_(torch.zeros(5, 5), x, x)
         unlearn_fast.sum_grad_squared_embedding_(torch.zeros(5, 5), torch.zeros(1, 3).long(), x[None])
         unlearn_fast.sum_grad_squared_scale_(torch.zeros(5), None, x[None])
