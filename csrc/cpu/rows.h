@@ -13,10 +13,19 @@ constexpr int64_t ROW_BLOCK = 512;  // elements; what is read two blocks later i
 // it does not change their bits.
 constexpr int64_t SEGMENT = 32 * ROW_BLOCK;
 
-template <class T, int WRITE = 0>
+template <class T>
 UNLEARN_INLINE void prefetch_block_after_next(const T* block) {
   for (int64_t line = 0; line < int64_t(ROW_BLOCK * sizeof(T)); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(block + 2 * ROW_BLOCK) + line, WRITE, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(block + 2 * ROW_BLOCK) + line, 0, 3);
+  }
+}
+
+// Of what is read and of what is written, line by line: where they are one, the second costs less than apart.
+template <class T>
+UNLEARN_INLINE void prefetch_blocks_after_next(const T* in, T* out) {
+  for (int64_t line = 0; line < int64_t(ROW_BLOCK * sizeof(T)); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(in + 2 * ROW_BLOCK) + line, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(out + 2 * ROW_BLOCK) + line, 1, 3);
   }
 }
 
@@ -58,7 +67,6 @@ UNLEARN_CLONED void load_block(const T* x, int64_t n, Scaling<C> scaling, C* z) 
 // z of a block, and dz/dx.
 template <class T, class C>
 UNLEARN_CLONED void load_block_and_slope(const T* x, int64_t n, Scaling<C> scaling, C* z, C* slope) {
-  prefetch_block_after_next(x);
   if (scaling.softcap == 0) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {

@@ -122,7 +122,7 @@ UNLEARN_CLONED void kl_gradient_segment(
   for (int64_t start = begin; start < end; start += ROW_BLOCK) {
     const int64_t count = end - start < ROW_BLOCK ? end - start : ROW_BLOCK;
     T* out_block = out + start;
-    prefetch_block_after_next<T, 1>(out_block);
+    prefetch_blocks_after_next(x + start, out_block);
     load_block_and_slope(x + start, count, scaling, z, slope);
     load_kl_block(teacher, start, count, scaling, w);
 #pragma omp simd

@@ -167,8 +167,7 @@ UNLEARN_CLONED void plain_gradient_segment(
   using C = compute_t<T>;
   for (int64_t start = begin; start < end; start += ROW_BLOCK) {
     const int64_t count = end - start < ROW_BLOCK ? end - start : ROW_BLOCK;
-    prefetch_block_after_next(x + start);
-    prefetch_block_after_next<T, 1>(out + start);
+    prefetch_blocks_after_next(x + start, out + start);
 #pragma omp simd
     for (int64_t j = start; j < start + count; ++j) {
       out[j] = store<T>(-grad * exponential<C>((load(x[j]) - row.max) - row.log_sum));
@@ -190,7 +189,7 @@ UNLEARN_CLONED void gradient_segment(
   for (int64_t start = begin; start < end; start += ROW_BLOCK) {
     const int64_t count = end - start < ROW_BLOCK ? end - start : ROW_BLOCK;
     T* out_block = out + start;
-    prefetch_block_after_next<T, 1>(out_block);
+    prefetch_blocks_after_next(x + start, out_block);
     load_block_and_slope(x + start, count, scaling, z, slope);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
