@@ -201,7 +201,8 @@ def test_the_references_are_as_accurate_as_torch(without_compiled_parts):
 import itertools, json, warnings
 warnings.simplefilter("ignore")
 import torch, unlearn_fast
-import test_dampen, test_dampen_align, test_inplace_backward, test_linear_token_logprobs
+import test_dampen, test_dampen_align, test_inplace_backward, test_linear_token_logprobs, test_token_kl
+import test_token_statistics
 import test_sum_grad_squared_embedding, test_sum_grad_squared_linear, test_sum_grad_squared_scale, test_token_logprobs
 from accuracy import assert_accurate, assert_as_accurate
 from layouts import DTYPES, LAYOUTS, lay_out
@@ -230,6 +231,18 @@ for dtype, layout in itertools.product(DTYPES, LAYOUTS):
     if dtype in (torch.float32, torch.float64):
         inputs[0] = inputs[0] + 2**16  # exact, as the logits are multiples of 1/8 near 0
         check(f"large token {dtype} {layout}", assert_as_accurate, token.parts, inputs, dtype, truth=token.exact_parts)
+statistics, kl = test_token_statistics, test_token_kl
+for dtype, scaling in itertools.product(DTYPES, statistics.SCALINGS):
+    inputs = statistics.make_inputs((3, 4), 33, dtype)
+    check(f"statistics {dtype} {scaling}", statistics.assert_right, inputs, **scaling)
+for dtype, options in itertools.product(DTYPES, kl.OPTIONS):
+    check(f"kl {dtype} {options}", kl.assert_right, kl.make_inputs((3, 4), 33, dtype), **options)
+for dtype, inplace in itertools.product(DTYPES, (False, True)):
+    for module in (statistics, kl):
+        test = module.test_ignored_rows_are_exactly_zero_whatever_they_hold
+        check(f"ignored rows of {module.__name__} {dtype}", test, dtype, inplace)
+check("hit", statistics.test_hit_counts_ties)
+check("penalty", kl.test_the_penalty_is_that_of_undial)
 for distance in (20.0, 60.0):
     check(f"confident {distance}", confident, distance)
 check("all ignored", token.test_every_row_ignored, -100)

@@ -79,7 +79,7 @@ def _statistics_scenarios() -> Iterator[Scenario]:
 
 
 def _ulps(shape: tuple[int, ...]) -> float:
-    """lse and entropy of the size of log V cancel in the gradients; in float64 the truth's own rounding shows as well."""
+    """lse and entropy, of the size of log V, cancel in the gradients; in float64 the truth's own rounding shows too."""
     return 16.0 if shape[-1] < 10_000 else 64.0
 
 
