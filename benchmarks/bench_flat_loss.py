@@ -1,4 +1,4 @@
-"""Benchmarks of flat_loss; its cases are in `unlearn_fast/benchmarking/cases.py`."""
+"""Benchmarks of flat_loss; its cases are in `unlearn_fast/benchmarking/tokens.py`."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Benchmarks of linear_token_logprobs; its cases are in `unlearn_fast/benchmarking/cases.py`."""
+"""Benchmarks of linear_token_logprobs; its cases are in `unlearn_fast/benchmarking/tokens.py`."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,10 @@
-// pybind11: build information, CPU features, and the dampening loop over numpy buffers (no torch tensor is made).
+// pybind11: build information, CPU features, and over numpy buffers (no torch tensor is made) the dampening loop, and
+// exp as the row kernels compute it, whose accuracy the tests check.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "cpu/dampen.h"
+#include "cpu/exp.h"
 
 namespace py = pybind11;
 
@@ -56,6 +58,21 @@ py::tuple dampen_buffers(
   throw py::value_error("p must be float16, float32 or float64; f and r float32, or float64");
 }
 
+template <class T>
+UNLEARN_CLONED void exponentials(T* x, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) x[j] = unlearn::exponential<T>(x[j]);
+}
+
+void exponentials_of_buffer(const py::buffer& x) {
+  const py::buffer_info info = x.request(true);
+  if (info.format == py::format_descriptor<float>::format())
+    return exponentials(static_cast<float*>(info.ptr), info.size);
+  if (info.format == py::format_descriptor<double>::format())
+    return exponentials(static_cast<double*>(info.ptr), info.size);
+  throw py::value_error("x must be float32 or float64");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -63,4 +80,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &build_info, "Compiler and CUDA architectures of this build.");
   m.def("simd", &simd, "The instruction set that the CPU kernels run on here: avx512, avx2 or baseline.");
   m.def("dampen", &dampen_buffers, "Dampens one contiguous numpy array in place; returns its four counts.");
+  m.def("exponentials", &exponentials_of_buffer, "exp of a contiguous numpy array, for x up to 1, in place.");
 }

@@ -7,6 +7,8 @@ from layouts import lay_out
 from torch import Tensor
 
 IGNORE = -100
+HALF = "every second element"
+PLAIN = (0.0, 1.0, False)  # softcap, temperature, statistics
 
 
 def samples() -> dict[str, list[tuple]]:
@@ -15,22 +17,44 @@ def samples() -> dict[str, list[tuple]]:
     of_weight = [False, True, False]
     return {
         "token_logprobs": [
-            (_floats(3, 5, grad=True), _labels(3, V=5), IGNORE),
-            (_floats(2, 3, 5).bfloat16().requires_grad_(), _labels(2, 3, V=5).int(), IGNORE),
-            (_floats(2, 4, 5, layout="without the last position"), _labels(2, 4, V=5), IGNORE),
-            (_floats(2, 4, 5, layout="leading axes swapped"), _labels(2, 4, V=5, layout="every second element"), 1),
-            (_floats(4, 5, layout="last axis outermost", grad=True), _labels(4, V=5), IGNORE),
-            (_floats(2, 3, 4, 5).transpose(0, 2), _labels(4, 3, 2, V=5), IGNORE),
-            (_floats(0, 5, grad=True), _labels(0, V=5), IGNORE),
-            (_floats(5), _labels(V=5), IGNORE),
+            (_floats(3, 5, grad=True), _labels(3, V=5), IGNORE, *PLAIN),
+            (_floats(2, 3, 5).bfloat16().requires_grad_(), _labels(2, 3, V=5).int(), IGNORE, 2.0, 0.5, True),
+            (_floats(3, 5, grad=True), _labels(3, V=5), IGNORE, 0.0, 1.0, True),
+            (_floats(2, 4, 5, layout="without the last position"), _labels(2, 4, V=5), IGNORE, *PLAIN),
+            (
+                _floats(2, 4, 5, layout="leading axes swapped"),
+                _labels(2, 4, V=5, layout="every second element"),
+                1,
+                *PLAIN,
+            ),
+            (_floats(4, 5, layout="last axis outermost", grad=True), _labels(4, V=5), IGNORE, *PLAIN),
+            (_floats(2, 3, 4, 5).transpose(0, 2), _labels(4, 3, 2, V=5), IGNORE, *PLAIN),
+            (_floats(0, 5, grad=True), _labels(0, V=5), IGNORE, 0.0, 1.0, True),
+            (_floats(5), _labels(V=5), IGNORE, *PLAIN),
         ],
         "token_logprobs_backward": [_backward(x, y) for x, y in _logits_and_labels()],
         "token_logprobs_backward_": [_backward(x, y) for x, y in _logits_and_labels() if x.stride(-1) == 1],
+        "token_kl": [
+            (_floats(3, 5, grad=True), _floats(3, 5), _labels(3, V=5), IGNORE, 0.0, 1.0, 0.0),
+            (_floats(2, 3, 5).half().requires_grad_(), _floats(2, 3, 5), _labels(2, 3, V=5), IGNORE, 2.0, 0.5, 1.0),
+            (
+                _floats(4, 5, layout="last axis outermost", grad=True),
+                _floats(4, 5).half(),
+                _labels(4, V=5),
+                1,
+                0.0,
+                1.0,
+                2.0,
+            ),
+            (_floats(0, 5, grad=True), _floats(0, 5), _labels(0, V=5), IGNORE, 0.0, 1.0, 0.0),
+        ],
+        "token_kl_backward": [_kl_backward(x, y) for x, y in _logits_and_labels()],
+        "token_kl_backward_": [_kl_backward(x, y) for x, y in _logits_and_labels() if x.stride(-1) == 1],
         "linear_token_logprobs": [
-            (_floats(3, 4, grad=True), _floats(5, 4, grad=True), _labels(3, V=5), _floats(5, grad=True), IGNORE, 1),
-            (_floats(2, 3, 4).half(), _floats(5, 4).half().requires_grad_(), _labels(2, 3, V=5), None, IGNORE, 1 << 20),
-            (_floats(2, 3, 4).transpose(0, 1), _floats(4, 5).T, _labels(3, 2, V=5), None, IGNORE, 40),
-            (_floats(0, 4, grad=True), _floats(5, 4), _labels(0, V=5), None, IGNORE, 1),
+            _linear(_floats(3, 4, grad=True), _floats(5, 4, grad=True), _labels(3, V=5), _floats(5, grad=True), 1),
+            _linear(_floats(2, 3, 4).half(), _floats(5, 4).half().requires_grad_(), _labels(2, 3, V=5), None, 1 << 20),
+            _linear(_floats(2, 3, 4).transpose(0, 1), _floats(4, 5).T, _labels(3, 2, V=5), None, 40),
+            _linear(_floats(0, 4, grad=True), _floats(5, 4), _labels(0, V=5), None, 1),
         ],
         "linear_token_logprobs_backward": [
             _linear_backward(_floats(3, 4), _floats(5, 4), _labels(3, V=5), _floats(5), [True, True, True]),
@@ -119,8 +143,17 @@ def _logits_and_labels() -> list[tuple[Tensor, Tensor]]:
 
 
 def _backward(logits: Tensor, labels: Tensor) -> tuple:
-    logp, *stats = torch.ops.unlearn_fast.token_logprobs(logits, labels, IGNORE)
-    return (torch.ones_like(logp), logits, labels, logp, *stats, IGNORE)
+    """With every cotangent for one dtype, with only that of log p for the others."""
+    every = logits.dtype == torch.float32
+    logp, row_max, log_sum, entropy, *_ = torch.ops.unlearn_fast.token_logprobs(logits, labels, IGNORE, 2.0, 0.5, every)
+    others = [torch.ones_like(logp) if every else None] * 3
+    return (torch.ones_like(logp), *others, logits, labels, logp, row_max, log_sum, entropy, IGNORE, 2.0, 0.5)
+
+
+def _kl_backward(logits: Tensor, labels: Tensor) -> tuple:
+    teacher, options = _floats(*logits.shape), (IGNORE, 2.0, 0.5, 1.0)
+    kl, *stats = torch.ops.unlearn_fast.token_kl(logits, teacher, labels, *options)
+    return (torch.ones_like(kl), logits, teacher, labels, *stats, *options)
 
 
 def _convolution(
@@ -138,6 +171,11 @@ def _convolution(
     return (out, inputs, grads, *settings, groups, weights, first, 0.5, moments)
 
 
+def _linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_bytes: int) -> tuple:
+    return (hidden, weight, labels, bias, IGNORE, 2.0, 0.5, chunk_bytes)
+
+
 def _linear_backward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
-    logp, *stats = torch.ops.unlearn_fast.linear_token_logprobs(hidden, weight, labels, bias, IGNORE, 64)
-    return (torch.ones_like(logp), hidden, weight, labels, bias, logp, *stats, IGNORE, 64, needs)
+    arguments = _linear(hidden, weight, labels, bias, 64)
+    logp, *stats = torch.ops.unlearn_fast.linear_token_logprobs(*arguments)
+    return (torch.ones_like(logp), *arguments[:4], logp, *stats, *arguments[4:], needs)

@@ -107,8 +107,8 @@ def test_nothing_but_the_logits_is_written(layout):
     expected = gradient(lambda x: x * 1, x, labels, grad)
     place = lay_out(x.detach(), layout)
     guards = surroundings(place)
-    stats = torch.ops.unlearn_fast.token_logprobs(place, labels, IGNORE)
-    torch.ops.unlearn_fast.token_logprobs_backward_(grad, place, labels, *stats, IGNORE)
+    stats = torch.ops.unlearn_fast.token_logprobs(place, labels, IGNORE, 0.0, 1.0, False)[:4]
+    torch.ops.unlearn_fast.token_logprobs_backward_(grad, None, None, None, place, labels, *stats, IGNORE, 0.0, 1.0)
     assert torch.equal(bits(place), bits(expected)) and torch.equal(surroundings(place), guards)
 
 

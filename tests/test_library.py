@@ -18,13 +18,14 @@ PACKAGE = Path(unlearn_fast.__file__).parent
 TESTS = Path(__file__).parent
 IN_PLACE = {  # operator -> the arguments that it writes
     "token_logprobs_backward_": ["logits"],
+    "token_kl_backward_": ["logits"],
     "sum_grad_squared_conv_": ["out", "first"],
     "sum_grad_squared_linear_": ["out", "first"],
     "sum_grad_squared_embedding_": ["out", "first"],
     "sum_grad_squared_scale_": ["out", "first"],
     "dampen_": ["params"],
 }
-CPU_KERNELS = {"token_logprobs", "token_logprobs_backward", *IN_PLACE}
+CPU_KERNELS = {"token_logprobs", "token_logprobs_backward", "token_kl", "token_kl_backward", *IN_PLACE}
 
 
 def fresh_process(code: str, *path: Path) -> dict:
@@ -68,7 +69,9 @@ def test_opcheck(name):
         "sum_grad_squared_embedding_",
         "sum_grad_squared_linear_",
         "sum_grad_squared_scale_",
+        "token_kl",
         "token_logprobs",
+        "token_statistics",
     ],
 )
 def test_references_have_the_same_arguments(name):
@@ -154,6 +157,7 @@ with warnings.catch_warnings(record=True) as caught:
         unlearn_fast.token_logprobs(x, labels).sum().backward()
         unlearn_fast.token_logprobs(x * 1, labels, inplace_backward=True).sum().backward()
         unlearn_fast.linear_token_logprobs(x, weight, labels).sum().backward()
+        unlearn_fast.token_kl(x, x.detach(), labels).sum().backward()
         unlearn_fast.sum_grad_squared_linear_(torch.zeros(5, 5), x, x)
         unlearn_fast.sum_grad_squared_embedding_(torch.zeros(5, 5), torch.zeros(1, 3).long(), x[None])
         unlearn_fast.sum_grad_squared_scale_(torch.zeros(5), None, x[None])
@@ -197,7 +201,8 @@ def test_the_references_are_as_accurate_as_torch(without_compiled_parts):
 import itertools, json, warnings
 warnings.simplefilter("ignore")
 import torch, unlearn_fast
-import test_dampen, test_dampen_align, test_inplace_backward, test_linear_token_logprobs
+import test_dampen, test_dampen_align, test_inplace_backward, test_linear_token_logprobs, test_token_kl
+import test_token_statistics
 import test_sum_grad_squared_embedding, test_sum_grad_squared_linear, test_sum_grad_squared_scale, test_token_logprobs
 from accuracy import assert_accurate, assert_as_accurate
 from layouts import DTYPES, LAYOUTS, lay_out
@@ -226,6 +231,18 @@ for dtype, layout in itertools.product(DTYPES, LAYOUTS):
     if dtype in (torch.float32, torch.float64):
         inputs[0] = inputs[0] + 2**16  # exact, as the logits are multiples of 1/8 near 0
         check(f"large token {dtype} {layout}", assert_as_accurate, token.parts, inputs, dtype, truth=token.exact_parts)
+statistics, kl = test_token_statistics, test_token_kl
+for dtype, scaling in itertools.product(DTYPES, statistics.SCALINGS):
+    inputs = statistics.make_inputs((3, 4), 33, dtype)
+    check(f"statistics {dtype} {scaling}", statistics.assert_right, inputs, **scaling)
+for dtype, options in itertools.product(DTYPES, kl.OPTIONS):
+    check(f"kl {dtype} {options}", kl.assert_right, kl.make_inputs((3, 4), 33, dtype), **options)
+for dtype, inplace in itertools.product(DTYPES, (False, True)):
+    for module in (statistics, kl):
+        test = module.test_ignored_rows_are_exactly_zero_whatever_they_hold
+        check(f"ignored rows of {module.__name__} {dtype}", test, dtype, inplace)
+check("hit", statistics.test_hit_counts_ties)
+check("penalty", kl.test_the_penalty_is_that_of_undial)
 for distance in (20.0, 60.0):
     check(f"confident {distance}", confident, distance)
 check("all ignored", token.test_every_row_ignored, -100)

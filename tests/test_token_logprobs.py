@@ -279,10 +279,11 @@ def test_a_label_outside_the_vocabulary_raises(label, where):
 
 
 def test_a_wrong_label_in_the_backward_writes_nothing():
-    logits = torch.randn(3, 4)
-    before, stats = logits.clone(), [torch.zeros(3)] * 3
+    logits, none = torch.randn(3, 4), (None,) * 3
+    before, stats = logits.clone(), [torch.zeros(3)] * 4
+    labels = torch.tensor([0, 1, 4])
     with pytest.raises(RuntimeError, match="labels holds 4 at row 2"):
-        torch.ops.unlearn_fast.token_logprobs_backward_(torch.ones(3), logits, torch.tensor([0, 1, 4]), *stats, IGNORE)
+        torch.ops.unlearn_fast.token_logprobs_backward_(torch.ones(3), *none, logits, labels, *stats, IGNORE, 0.0, 1.0)
     assert torch.equal(logits, before)
 
 

@@ -1,6 +1,6 @@
 """Compiled kernels for machine unlearning in PyTorch."""
 
-from unlearn_fast._report import DampenCounts, DampenReport
+from unlearn_fast._report import DampenCounts, DampenReport, TokenStatistics
 from unlearn_fast.fisher import (
     Importance,
     WeightedLosses,
@@ -10,7 +10,15 @@ from unlearn_fast.fisher import (
     diagonal_fisher,
     output_norm_losses,
 )
-from unlearn_fast.losses import FLATLoss, flat_forget_loss, flat_loss, flat_template_loss, linear_flat_loss
+from unlearn_fast.losses import (
+    FLATLoss,
+    cross_entropy,
+    flat_forget_loss,
+    flat_loss,
+    flat_template_loss,
+    linear_flat_loss,
+    selective_log_softmax,
+)
 from unlearn_fast.ops import (
     dampen_,
     linear_token_logprobs,
@@ -18,7 +26,9 @@ from unlearn_fast.ops import (
     sum_grad_squared_embedding_,
     sum_grad_squared_linear_,
     sum_grad_squared_scale_,
+    token_kl,
     token_logprobs,
+    token_statistics,
 )
 from unlearn_fast.ssd import ssd_
 
@@ -29,10 +39,12 @@ __all__ = [
     "DampenReport",
     "FLATLoss",
     "Importance",
+    "TokenStatistics",
     "WeightedLosses",
     "causal_lm_losses",
     "classification_losses",
     "coverage",
+    "cross_entropy",
     "dampen_",
     "diagonal_fisher",
     "flat_forget_loss",
@@ -41,10 +53,13 @@ __all__ = [
     "linear_flat_loss",
     "linear_token_logprobs",
     "output_norm_losses",
+    "selective_log_softmax",
     "ssd_",
     "sum_grad_squared_conv_",
     "sum_grad_squared_embedding_",
     "sum_grad_squared_linear_",
     "sum_grad_squared_scale_",
+    "token_kl",
     "token_logprobs",
+    "token_statistics",
 ]

@@ -18,23 +18,42 @@ import torch
 
 SCHEMAS = {
     "token_logprobs": (
-        "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor logp, Tensor row_max, Tensor log_sum)"
+        "(Tensor logits, Tensor labels, int ignore_index, float softcap, float temperature, bool statistics)"
+        " -> (Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor mean_logit, Tensor hit)"
     ),
     "token_logprobs_backward": (
-        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, int ignore_index)"
-        " -> Tensor"
+        "(Tensor grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, Tensor logits, Tensor labels,"
+        " Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, int ignore_index, float softcap,"
+        " float temperature) -> Tensor"
     ),
     "token_logprobs_backward_": (
-        "(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum,"
-        " int ignore_index) -> ()"
+        "(Tensor grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, Tensor(a!) logits,"
+        " Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, int ignore_index, float softcap,"
+        " float temperature) -> ()"
+    ),
+    "token_kl": (
+        "(Tensor logits, Tensor teacher_logits, Tensor labels, int ignore_index, float softcap, float temperature,"
+        " float label_penalty)"
+        " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor teacher_max, Tensor teacher_log_sum)"
+    ),
+    "token_kl_backward": (
+        "(Tensor grad, Tensor logits, Tensor teacher_logits, Tensor labels, Tensor row_max, Tensor log_sum,"
+        " Tensor teacher_max, Tensor teacher_log_sum, int ignore_index, float softcap, float temperature,"
+        " float label_penalty) -> Tensor"
+    ),
+    "token_kl_backward_": (
+        "(Tensor grad, Tensor(a!) logits, Tensor teacher_logits, Tensor labels, Tensor row_max, Tensor log_sum,"
+        " Tensor teacher_max, Tensor teacher_log_sum, int ignore_index, float softcap, float temperature,"
+        " float label_penalty) -> ()"
     ),
     "linear_token_logprobs": (
-        "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index, int chunk_bytes)"
-        " -> (Tensor logp, Tensor row_max, Tensor log_sum)"
+        "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index, float softcap,"
+        " float temperature, int chunk_bytes) -> (Tensor logp, Tensor row_max, Tensor log_sum)"
     ),
     "linear_token_logprobs_backward": (
         "(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor logp, Tensor row_max,"
-        " Tensor log_sum, int ignore_index, int chunk_bytes, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+        " Tensor log_sum, int ignore_index, float softcap, float temperature, int chunk_bytes, bool[3] needs)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "sum_grad_squared_linear_": (
         "(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor? weights, Tensor(b!)? first, float scale,"

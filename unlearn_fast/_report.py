@@ -1,4 +1,4 @@
-"""What a dampening did, per parameter and in total."""
+"""What operators return beyond one tensor: what a dampening did, and what is known of tokens."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +19,17 @@ class DampenCounts(NamedTuple):
     def share(self) -> float:
         """Selected elements over all elements; 0 for an empty parameter."""
         return self.selected / self.elements if self.elements else 0.0
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits tells of each token, in natural units; see `token_statistics`."""
+
+    logp: Tensor  # of the label
+    lse: Tensor
+    entropy: Tensor
+    mean_logit: Tensor
+    max_logit: Tensor
+    hit: Tensor  # 1 where the label has the largest logit, else 0
 
 
 @dataclass(frozen=True)

@@ -2,93 +2,26 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import unlearn_fast
-from unlearn_fast import losses, reference
+from unlearn_fast import losses
 from unlearn_fast.losses.divergences import PAPER
 from unlearn_fast.reference import flat
-
-Tensors = dict[str, Tensor]
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What to compute from which inputs; `run` works with either library, which have the same names and signatures."""
-
-    operator: str
-    name: str
-    inputs: Callable[[torch.Generator], Tensors]  # float64, and integers
-    run: Callable[[ModuleType, Tensors], Tensors]
-    ours: ModuleType = unlearn_fast
-    reference: ModuleType = reference
-    wide: tuple[str, ...] = ()  # inputs that stay in at least float32
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    ulps: float = 4.0  # torch is sometimes exact by luck; exp, sum, log and product may each cost an ulp
-    cancels: bool = False  # results are sums whose terms cancel: errors count relative to the tensor's root mean square
-    beyond_torch: bool = False  # torch loses the result there: its own error does not count
+from unlearn_fast.scenario import Scenario, Tensors, cotangent
+from unlearn_fast.token_scenarios import token_scenarios
 
 
 def scenarios() -> Iterator[Scenario]:
-    yield from _token_scenarios()
+    yield from token_scenarios()
     yield from _linear_scenarios()
     yield from _squares_scenarios()
     yield from _moments_scenarios()
     yield from _convolution_scenarios()
     yield from _dampen_scenarios()
     yield from _flat_scenarios()
-
-
-def _token_scenarios() -> Iterator[Scenario]:
-    name = "token_logprobs"
-    shapes = [(1, 1), (7, 2), (2, 3, 33), (5, 1031), (3, 4097), (0, 5)]
-    for shape, inplace in itertools.product(shapes, (False, True)):
-        title = f"{list(shape)}{', in place' if inplace else ''}"
-        yield Scenario(name, title, _logits(shape), _token_logprobs(inplace=inplace))
-    yield Scenario(name, "[3, 6, 129] without its last position", _logits((3, 6, 129)), _token_logprobs(shifted=True))
-    # Multiples of 1/8, so that no dtype rounds the distances between logits.
-    confident = _logits((6, 65), ignore=False, spread=lambda z: (z * 8).round() / 8, lift=24.0)
-    single = (torch.float32, torch.bfloat16, torch.float16)  # the float64 reference has no digits of 1 - p to spare
-    yield Scenario(name, "[6, 65], p near 1", confident, _token_logprobs(), dtypes=single, beyond_torch=True)
-    huge = _logits((4, 300), spread=lambda z: z * 60)
-    yield Scenario(name, "[4, 300], logits up to 200", huge, _token_logprobs())
-
-
-def _logits(
-    shape: tuple[int, ...],
-    ignore: bool = True,
-    spread: Callable[[Tensor], Tensor] = lambda z: z,
-    lift: float = 0.0,  # what is added to the label's logit
-) -> Callable[[torch.Generator], Tensors]:
-    def inputs(generator: torch.Generator) -> Tensors:
-        labels = torch.randint(shape[-1], shape[:-1], generator=generator)
-        logits = spread(torch.randn(shape, generator=generator, dtype=torch.float64))
-        logits += lift * torch.nn.functional.one_hot(labels, shape[-1])
-        if ignore and labels.numel() > 2:
-            labels.view(-1)[1] = -100
-        return {"logits": logits, "labels": labels, "grad": _cotangent(shape[:-1], generator)}
-
-    return inputs
-
-
-def _token_logprobs(inplace: bool = False, shifted: bool = False) -> Callable[[ModuleType, Tensors], Tensors]:
-    def run(library: ModuleType, x: Tensors) -> Tensors:
-        leaf, labels = x["logits"].requires_grad_(), x["labels"]
-        logits, grad = leaf * 1, x["grad"]  # not a leaf, which must not be overwritten; * 1 is exact
-        if shifted:
-            logits, labels, grad = logits[:, :-1], labels[:, 1:], grad[:, 1:]
-        logp = library.token_logprobs(logits, labels, inplace_backward=inplace)
-        (gradient,) = torch.autograd.grad(logp, leaf, grad.to(logp.dtype))
-        return {"value": logp, "grad of logits": gradient}
-
-    return run
 
 
 def _linear_scenarios() -> Iterator[Scenario]:
@@ -107,7 +40,7 @@ def _hidden(N: int, H: int, V: int) -> Callable[[torch.Generator], Tensors]:
         labels[2:3] = -100
         return {
             "hidden": hidden, "weight": weight / H**0.5, "bias": bias, "labels": labels,
-            "grad": _cotangent((N,), generator),
+            "grad": cotangent((N,), generator),
         }  # fmt: skip
 
     return inputs
@@ -372,9 +305,3 @@ def _linear_flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType
         return {"value": loss, "grad of template": d_template, "grad of forget": d_forget, "grad of weight": d_weight}
 
     return run
-
-
-def _cotangent(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Between 0.5 and 2 in size, of either sign."""
-    values = torch.rand(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5
-    return values * (1 - 2 * torch.randint(2, shape, generator=generator))

@@ -1,8 +1,11 @@
-// exp(x), for x up to about 1 or NaN, as straight-line arithmetic: a plain loop over it vectorises everywhere.
+// exp(x), for x up to about 1 or NaN, and tanh(x), as straight-line arithmetic: a plain loop over them vectorises
+// everywhere.
 //
 // x = n ln 2 + r with |r| <= ln(2)/2; exp(r) by its Taylor polynomial (truncation below 1e-8 relative in float, 1e-17 in
 // double), times 2^n in two factors, because 2^n alone overflows or underflows before the result does.
 #pragma once
+
+#include <cmath>
 
 #include "cpu/scalar.h"
 
@@ -36,10 +39,15 @@ UNLEARN_INLINE T power_of_two(T n) {
   return bit_cast<T>(shifted + bit_cast<typename C::Bits>(T(1)));
 }
 
+// x = n ln 2 + r, and exp(r) = 1 + r * series.
 template <class T>
-UNLEARN_INLINE T exponential(T x) {
+struct Reduced {
+  T n, r, series;
+};
+
+template <class T>
+UNLEARN_INLINE Reduced<T> reduced(T x) {
   using C = ExpConstants<T>;
-  x = x < C::lowest ? C::lowest : x;  // written so that NaN passes
   const T n = (x * T(1.4426950408889634074) + C::integer_shift) - C::integer_shift;
   const T r = (x - n * C::ln2_high) - n * C::ln2_low;
   T y;
@@ -60,9 +68,46 @@ UNLEARN_INLINE T exponential(T x) {
   y = y * r + T(1.0 / 6);
   y = y * r + T(0.5);
   y = y * r + T(1);
-  y = y * r + T(1);
+  return {n, r, y};
+}
+
+// 2^n in two factors.
+template <class T>
+struct PowerOfTwo {
+  T first, second;
+};
+
+template <class T>
+UNLEARN_INLINE PowerOfTwo<T> power_in_two_factors(T n) {
+  using C = ExpConstants<T>;
   const T half = (n * T(0.5) + C::integer_shift) - C::integer_shift;
-  return y * power_of_two(half) * power_of_two(n - half);
+  return {power_of_two(half), power_of_two(n - half)};
+}
+
+template <class T>
+UNLEARN_INLINE T exponential(T x) {
+  x = x < ExpConstants<T>::lowest ? ExpConstants<T>::lowest : x;  // written so that NaN passes
+  const Reduced<T> e = reduced(x);
+  const PowerOfTwo<T> power = power_in_two_factors(e.n);
+  return (e.series * e.r + T(1)) * power.first * power.second;
+}
+
+template <class T>
+struct Tanh {
+  T value, slope;  // tanh(x) and 1 - tanh(x)^2, both to a few ulp of themselves
+};
+
+// For |x| up to -lowest / 2, beyond which both no longer change, or NaN. The caller clamps, in a loop of its own: in one
+// loop the compiler makes a branch of what becomes constant.
+// With e = exp(-2|x|): tanh |x| = (1 - e) / (1 + e), and 1 - tanh^2 = 4 e / (1 + e)^2; e - 1 keeps its digits as x -> 0.
+template <class T>
+UNLEARN_INLINE Tanh<T> hyperbolic_tangent(T x) {
+  const Reduced<T> reduced_x = reduced(T(-2) * std::fabs(x));
+  const PowerOfTwo<T> factors = power_in_two_factors(reduced_x.n);
+  const T power = factors.first * factors.second, series = reduced_x.series * reduced_x.r;
+  const T e = (series + T(1)) * factors.first * factors.second, e_minus_one = power * series + (power - T(1));
+  const T reciprocal = T(1) / (e_minus_one + T(2));
+  return {std::copysign(e_minus_one * reciprocal, x), T(4) * e * reciprocal * reciprocal};
 }
 
 }  // namespace unlearn

@@ -1,115 +1,133 @@
-// Registers token_logprobs and its two backward forms for the CPU key. Rows are spread over torch's threads.
+// Registers token_logprobs and its two backward forms for the CPU key. Segments of rows are spread over torch's threads.
 #include "cpu/token_logprobs.h"
 
-#include <algorithm>
 #include <tuple>
 
-#include "cpu/tensors.h"
+#include "cpu/row_tensors.h"
 
 namespace unlearn {
 namespace {
 
-Tensor with_unit_rows(const Tensor& logits) {
-  const int64_t last = logits.dim() - 1;
-  return logits.stride(last) == 1 || logits.size(last) <= 1 ? logits : torch::stable::contiguous(logits);
-}
+using OptionalTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void check_labels(const Tensor& logits, const Tensor& labels, int64_t ignore_index) {
-  STD_TORCH_CHECK(
-      logits.dim() >= 1 && labels.dim() == logits.dim() - 1, "labels must have the shape of logits[..., 0]");
-  int64_t rows = 1;
-  for (int64_t d = 0; d < labels.dim(); ++d) {
-    STD_TORCH_CHECK(labels.size(d) == logits.size(d), "labels must have the shape of logits[..., 0]");
-    rows *= labels.size(d);
-  }
-  const int64_t V = logits.size(logits.dim() - 1);
-  const int64_t* label = data<int64_t>(labels);
-  for (int64_t row = 0; row < rows; ++row) {
-    STD_TORCH_CHECK(
-        label[row] == ignore_index || (label[row] >= 0 && label[row] < V), "labels holds ", label[row], " at row ", row,
-        ": a label must be in [0, ", V, ") or ignore_index (", ignore_index, ")");
-  }
-}
-
-int64_t rows_per_thread(int64_t V) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(V, 1)); }
-
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor labels, int64_t ignore_index) {
+Outputs token_logprobs(
+    Tensor logits, Tensor labels, int64_t ignore_index, double softcap, double temperature, bool statistics) {
+  check_scaling(softcap, temperature);
   logits = with_unit_rows(logits);
   labels = contiguous_as(labels, ScalarType::Long);
   check_labels(logits, labels, ignore_index);
-  const ScalarType dtype = compute_dtype(logits.scalar_type());
-  Tensor logp = torch::stable::new_empty(logits, labels.sizes(), dtype);
-  Tensor row_max = torch::stable::empty_like(logp), log_sum = torch::stable::empty_like(logp);
   const int64_t V = logits.size(logits.dim() - 1), N = labels.numel();
+  const ScalarType dtype = compute_dtype(logits.scalar_type());
+  const std::vector<int64_t> nothing{0};
+  Tensor outputs[6];
+  for (int i = 0; i < 6; ++i) {
+    outputs[i] = i < 3 || statistics ? torch::stable::new_empty(logits, labels.sizes(), dtype)
+                                     : torch::stable::new_empty(logits, nothing, dtype);
+  }
   const RowOffsets offset(logits);
   dispatch_floating(logits.scalar_type(), "logits", [&](auto type) {
     using T = decltype(type);
     using C = compute_t<T>;
+    const Scaling<C> scaling(softcap, temperature);
     const T* x = data<T>(logits);
     const int64_t* label = data<int64_t>(labels);
-    C *logp_out = mutable_data<C>(logp), *max_out = mutable_data<C>(row_max), *sum_out = mutable_data<C>(log_sum);
-    torch::stable::parallel_for(0, N, rows_per_thread(V), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        RowResult<C> result{0, 0, 0};
-        if (label[row] != ignore_index) result = logprob_row(x + offset(row), V, label[row]);
-        logp_out[row] = result.logp;
-        max_out[row] = result.max;
-        sum_out[row] = result.log_sum;
-      }
-    });
+    C* out[6];
+    for (int i = 0; i < 6; ++i) out[i] = mutable_data<C>(outputs[i]);
+    const auto add = [&](int64_t row, int64_t begin, int64_t end, RowSums<C>& sums) {
+      if (label[row] == ignore_index) return;
+      const T* x_row = x + offset(row);
+      if (statistics) return add_segment<true>(x_row, begin, end, label[row], scaling, sums);
+      add_segment<false>(x_row, begin, end, label[row], scaling, sums);
+    };
+    const auto finish = [&](int64_t row, const RowSums<C>& sums) {
+      RowResult<C> result{};
+      if (label[row] != ignore_index) result = row_result(sums, V);
+      const C values[6] = {result.logp, result.max, result.log_sum, result.entropy, result.mean, result.hit};
+      for (int i = 0; i < (statistics ? 6 : 3); ++i) out[i][row] = values[i];
+    };
+    reduce_rows<RowSums<C>>(N, V, add, finish);
   });
-  return {logp, row_max, log_sum};
+  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4], outputs[5]};
 }
 
+// A value a row in the computing dtype; 0 for all where the tensor is missing.
+template <class C>
+class RowValues {
+ public:
+  RowValues(const OptionalTensor& tensor, int64_t N, ScalarType dtype, const char* name) {
+    if (!tensor) return;
+    STD_TORCH_CHECK(tensor->numel() == N, name, " must have the shape of labels");
+    tensor_ = contiguous_as(*tensor, dtype);
+    values_ = data<C>(*tensor_);
+  }
+  C operator[](int64_t row) const { return values_ ? values_[row] : C(0); }
+  explicit operator bool() const { return values_ != nullptr; }
+
+ private:
+  OptionalTensor tensor_;
+  const C* values_ = nullptr;
+};
+
 void backward_into(
-    Tensor out, Tensor grad, const Tensor& logits, Tensor labels, const Tensor& logp, const Tensor& row_max,
-    const Tensor& log_sum, int64_t ignore_index) {
+    Tensor out, const Tensor& grad_logp, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_mean, const Tensor& logits, Tensor labels, const Tensor& logp, const Tensor& row_max,
+    const Tensor& log_sum, const Tensor& entropy, int64_t ignore_index, double softcap, double temperature) {
+  check_scaling(softcap, temperature);
   labels = contiguous_as(labels, ScalarType::Long);
   check_labels(logits, labels, ignore_index);
   const ScalarType dtype = compute_dtype(logits.scalar_type());
   const int64_t V = logits.size(logits.dim() - 1), N = labels.numel();
-  STD_TORCH_CHECK(
-      grad.numel() == N && logp.numel() == N && row_max.numel() == N && log_sum.numel() == N,
-      "grad, logp, row_max and log_sum must have the shape of labels");
-  grad = contiguous_as(grad, dtype);
-  const Tensor logp_rows = contiguous_as(logp, dtype), max_rows = contiguous_as(row_max, dtype),
-               sum_rows = contiguous_as(log_sum, dtype);
+  const OptionalTensor entropies = grad_entropy ? OptionalTensor(entropy) : std::nullopt;
   const RowOffsets offset(logits), out_offset(out);
   dispatch_floating(logits.scalar_type(), "logits", [&](auto type) {
     using T = decltype(type);
     using C = compute_t<T>;
+    const Scaling<C> scaling(softcap, temperature);
     const T* x = data<T>(logits);
     T* dx = mutable_data<T>(out);
     const int64_t* label = data<int64_t>(labels);
-    const C *g = data<C>(grad), *lp = data<C>(logp_rows), *m = data<C>(max_rows), *ls = data<C>(sum_rows);
-    torch::stable::parallel_for(0, N, rows_per_thread(V), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        T* dx_row = dx + out_offset(row);
-        if (label[row] == ignore_index) {
-          std::fill(dx_row, dx_row + V, T{});
-        } else {
-          logprob_row_backward(x + offset(row), dx_row, V, label[row], g[row], RowResult<C>{lp[row], m[row], ls[row]});
-        }
+    const RowValues<C> g(grad_logp, N, dtype, "grad_logp"), l(grad_lse, N, dtype, "grad_lse"),
+        h(grad_entropy, N, dtype, "grad_entropy"), m(grad_mean, N, dtype, "grad_mean"), lp(logp, N, dtype, "logp"),
+        max(row_max, N, dtype, "row_max"), sum(log_sum, N, dtype, "log_sum"), H(entropies, N, dtype, "entropy");
+    const bool plain = scaling.plain() && !l && !h && !m;
+    for_segments(N, V, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+      const T* x_row = x + offset(row);
+      T* dx_row = dx + out_offset(row);
+      const RowResult<C> saved{lp[row], max[row], sum[row], H[row], 0, 0};
+      if (label[row] == ignore_index) {
+        std::fill(dx_row + begin, dx_row + end, T{});
+      } else if (plain) {
+        plain_gradient_segment(x_row, dx_row, begin, end, label[row], g[row], saved);
+      } else {
+        const RowCotangents<C> grads{g[row], l[row], h[row], m[row] / C(V)};
+        gradient_segment(x_row, dx_row, begin, end, label[row], scaling, grads, saved);
       }
     });
   });
 }
 
 Tensor token_logprobs_backward(
-    Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, int64_t ignore_index) {
+    Tensor grad_logp, OptionalTensor grad_lse, OptionalTensor grad_entropy, OptionalTensor grad_mean, Tensor logits,
+    Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, int64_t ignore_index, double softcap,
+    double temperature) {
   logits = with_unit_rows(logits);
   Tensor out = torch::stable::new_empty(logits, logits.sizes());
   advise_huge_pages(out);
-  backward_into(out, grad, logits, labels, logp, row_max, log_sum, ignore_index);
+  backward_into(
+      out, grad_logp, grad_lse, grad_entropy, grad_mean, logits, labels, logp, row_max, log_sum, entropy, ignore_index,
+      softcap, temperature);
   return out;
 }
 
 void token_logprobs_backward_(
-    Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, int64_t ignore_index) {
-  const int64_t last = logits.dim() - 1;
-  STD_TORCH_CHECK(
-      last >= 0 && (logits.stride(last) == 1 || logits.size(last) <= 1), "logits must have stride 1 on its last axis");
-  backward_into(logits, grad, logits, labels, logp, row_max, log_sum, ignore_index);
+    Tensor grad_logp, OptionalTensor grad_lse, OptionalTensor grad_entropy, OptionalTensor grad_mean, Tensor logits,
+    Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, int64_t ignore_index, double softcap,
+    double temperature) {
+  check_unit_rows(logits);
+  backward_into(
+      logits, grad_logp, grad_lse, grad_entropy, grad_mean, logits, labels, logp, row_max, log_sum, entropy,
+      ignore_index, softcap, temperature);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import unlearn_fast
 from unlearn_fast import reference
-from unlearn_fast.benchmarking import fisher, rivals
+from unlearn_fast.benchmarking import fisher, rivals, tokens
 from unlearn_fast.benchmarking.case import (
     Case,
     Cost,
@@ -16,21 +16,17 @@ from unlearn_fast.benchmarking.case import (
     Results,
     Run,
     compiled,
-    forward_backward,
     in_float64,
     normal,
 )
 
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+FLOAT32 = torch.float32
 
 
 def smallest() -> list[Case]:
     """Seconds for all of them; large enough for every code path, too small for the timings to mean much."""
     return [
-        token_logprobs(6, 1000, FLOAT32),
-        token_logprobs(6, 1000, FLOAT32, inplace=True),
-        token_logprobs(6, 1000, BFLOAT16),
-        linear_token_logprobs(12, 16, 1000),
+        *tokens.smallest(),
         sum_grad_squared_linear(2, 8, 16, 24),
         sum_grad_squared_embedding(2, 40, 16, 30),
         sum_grad_squared_scale(3, 40, 16),
@@ -38,7 +34,6 @@ def smallest() -> list[Case]:
         sum_grad_squared_conv(2, 3, 8, size=9, kernel=3, stride=2),
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
-        flat_loss(2, 9, 1000),
         *fisher.smallest(),
     ]
 
@@ -46,11 +41,7 @@ def smallest() -> list[Case]:
 def full() -> list[Case]:
     """The standard shapes."""
     return [
-        token_logprobs(512, 32_000, FLOAT32),
-        token_logprobs(512, 32_000, FLOAT32, inplace=True),
-        token_logprobs(512, 32_000, BFLOAT16),
-        token_logprobs(512, 32_000, BFLOAT16, inplace=True),
-        linear_token_logprobs(1024, 1024, 32_000),
+        *tokens.full(),
         sum_grad_squared_linear(8, 128, 512, 1536),
         sum_grad_squared_embedding(16, 512, 768, 50_257),
         sum_grad_squared_scale(16, 512, 1024),
@@ -60,7 +51,6 @@ def full() -> list[Case]:
         sum_grad_squared_conv(32, 512, 512, size=4, kernel=3),
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
-        flat_loss(4, 65, 32_000),
         *fisher.full(),
     ]
 
@@ -73,60 +63,6 @@ def find(name: str) -> Case:
     """The case of that name, those whose memory is measured with another included."""
     listed = smallest() + full()
     return next(case for case in [*listed, *(w for case in listed for w in case.weighed())] if case.name == name)
-
-
-def token_logprobs(N: int, V: int, dtype: torch.dtype, *, inplace: bool = False) -> Case:
-    names = ("logits", "labels")
-    return Case(
-        operator="token_logprobs",
-        shape=f"[{N}, {V}]",
-        dtype=dtype,
-        variant="in-place backward" if inplace else "",
-        inputs=lambda g: {
-            "logits": normal(g, N, V, dtype=dtype, requires_grad=True),
-            "labels": torch.randint(V, (N,), generator=g),
-            "grad": normal(g, N),
-        },
-        overwritten=("logits",) if inplace else (),
-        ours=forward_backward(unlearn_fast.token_logprobs, *names, inplace_backward=inplace),
-        exact=in_float64(forward_backward(reference.token_logprobs, *names)),
-        rivals={
-            "reference": forward_backward(reference.token_logprobs, *names),
-            "log_softmax, gather": forward_backward(rivals.eager_token_logprobs, *names),
-            "torch.compile": forward_backward(compiled(rivals.eager_token_logprobs), *names),
-        },
-        cost=Cost("forward reads the logits, backward reads them and writes as much", bytes=3 * N * V * dtype.itemsize),
-    )
-
-
-def linear_token_logprobs(N: int, H: int, V: int) -> Case:
-    names = ("hidden", "weight", "labels")
-    return Case(
-        operator="linear_token_logprobs",
-        shape=f"[{N}, {H}] x [{V}, {H}]",
-        dtype=FLOAT32,
-        inputs=lambda g: {
-            "hidden": normal(g, N, H, requires_grad=True),
-            "weight": (normal(g, V, H) / H**0.5).requires_grad_(),
-            "labels": torch.randint(V, (N,), generator=g),
-            "grad": normal(g, N),
-        },
-        ours=forward_backward(_ours_linear, *names),
-        exact=in_float64(forward_backward(_reference_linear, *names)),
-        rivals={
-            "reference": forward_backward(_reference_linear, *names),
-            "torch.compile": forward_backward(compiled(rivals.eager_linear_token_logprobs), *names),
-        },
-        cost=Cost("three products: logits, gradients of hidden and weight: 6 N H V", flops=6 * N * H * V),
-    )
-
-
-def _ours_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return unlearn_fast.linear_token_logprobs(hidden, weight, labels)
-
-
-def _reference_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return reference.linear_token_logprobs(hidden, weight, labels)
 
 
 def sum_grad_squared_linear(B: int, T: int | None, I: int, O: int) -> Case:  # noqa: E741
@@ -291,29 +227,3 @@ def _ours_dampen_(p: Tensor, f: Tensor, r: Tensor, *, alpha: float, lam: float) 
 
 def _reference_dampen_(p: Tensor, f: Tensor, r: Tensor, *, alpha: float, lam: float) -> None:
     reference.dampen_([p], [f], [r], alpha=alpha, lam=lam)
-
-
-def flat_loss(B: int, T: int, V: int) -> Case:
-    """Template and forget answers of T tokens each; a quarter of the positions is unlabelled, as prompts are."""
-    names = ("template_logits", "template_labels", "forget_logits", "forget_labels")
-    return Case(
-        operator="flat_loss",
-        shape=f"2 x [{B}, {T}, {V}]",
-        dtype=FLOAT32,
-        variant="released formulation",
-        inputs=lambda g: dict(zip(names, (*_answer(B, T, V, g), *_answer(B, T, V, g)), strict=True)),
-        ours=forward_backward(unlearn_fast.flat_loss, *names, formulation="official"),
-        exact=in_float64(forward_backward(reference.flat_loss, *names, formulation="official")),
-        rivals={
-            "reference": forward_backward(reference.flat_loss, *names, formulation="official"),
-            "torch.compile": forward_backward(compiled(rivals.released_flat_loss), *names),
-            "released": forward_backward(rivals.released_flat_loss, *names),
-        },
-        cost=Cost("as token_logprobs, for both sides: 3 * 2 B T V values", bytes=3 * 2 * B * T * V * 4),
-    )
-
-
-def _answer(B: int, T: int, V: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    labels = torch.randint(V, (B, T), generator=generator)
-    labels[:, : T // 4] = -100
-    return normal(generator, B, T, V, requires_grad=True), labels

@@ -1,8 +1,10 @@
 """The formulations that the operators replace: what people write in plain torch, and what released code does."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, unfold
+from torch.nn.functional import kl_div, linear, unfold
 from torch.nn.grad import conv2d_weight
 
 
@@ -10,6 +12,29 @@ def eager_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [
     """The whole log-softmax, of which one column a row is kept."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.log_softmax(-1, dtype=dtype).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def capped_token_logprobs(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    """The capped logits in full, then the same."""
+    return eager_token_logprobs(softcap * torch.tanh(logits.float() / softcap), labels)
+
+
+class LogpAndEntropy(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+
+
+def eager_token_statistics(logits: Tensor, labels: Tensor) -> LogpAndEntropy:
+    """The whole log-softmax, of which one column is kept, and the whole p log p."""
+    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return LogpAndEntropy(logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1))
+
+
+def eager_token_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """torch's kl_div of two whole log-softmaxes."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    p, q = (x.log_softmax(-1, dtype=dtype) for x in (logits, teacher_logits))
+    return kl_div(p, q, reduction="none", log_target=True).sum(-1)
 
 
 def eager_linear_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # [N, H], [V, H], [N] -> [N]

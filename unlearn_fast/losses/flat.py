@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unlearn_fast.losses.divergences import REVERSED, Divergence, Formulation, find_divergence
 from unlearn_fast.ops import _checks
+from unlearn_fast.ops._rows import next_labels
 from unlearn_fast.ops.linear_token_logprobs import DEFAULT_CHUNK_BYTES, linear_token_logprobs
 from unlearn_fast.ops.token_logprobs import token_logprobs
 
@@ -120,8 +121,8 @@ def linear_flat_loss(
     _check("template_", "hidden", template_hidden, template_labels)
     _check("forget_", "hidden", forget_hidden, forget_labels)
     _check_same_questions("hidden", template_hidden, forget_hidden)
-    template_targets = _next_labels(template_labels, ignore_index)
-    forget_targets = _next_labels(forget_labels, ignore_index)
+    template_targets = next_labels(template_labels, ignore_index)
+    forget_targets = next_labels(forget_labels, ignore_index)
     # One call for both sides: one [V, H] gradient of the weight instead of two and their sum.
     logp = linear_token_logprobs(
         torch.cat([template_hidden, forget_hidden], dim=1),
@@ -210,16 +211,9 @@ def _logits_side(
     ignore_index: int,
     inplace_backward: bool,
 ) -> Tensor:
-    targets = _next_labels(labels, ignore_index)
+    targets = next_labels(labels, ignore_index)
     logp = token_logprobs(logits, targets, ignore_index=ignore_index, inplace_backward=inplace_backward)
     return _mean_term(term, logp, targets, formulation, ignore_index)
-
-
-def _next_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """labels[:, t + 1] at position t. Moving the labels is free; slicing the [B, T, V] logits costs a copy backward."""
-    targets = labels.roll(-1, dims=1)
-    targets[:, -1:] = ignore_index
-    return targets
 
 
 def _mean_term(

@@ -58,7 +58,7 @@ def moments(out: Tensor, first: Tensor | None, weights: Tensor | None, B: int) -
         if first.device != out.device:
             raise ValueError(f"first is on {first.device} and out on {out.device}: they must be on one device")
         own_memory("first", first)
-        if not torch.compiler.is_compiling() and _ranges_overlap(out, first):
+        if not torch.compiler.is_compiling() and ranges_overlap(out, first):
             raise ValueError("first shares memory with out: give it memory of its own")
     if weights is not None:
         if weights.dtype != out.dtype:
@@ -74,7 +74,7 @@ def own_memory(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has overlapping (expanded) memory: give it memory of its own")
 
 
-def _ranges_overlap(a: Tensor, b: Tensor) -> bool:
+def ranges_overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the tensors lie in one storage, between one another's first and last elements."""
     if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False

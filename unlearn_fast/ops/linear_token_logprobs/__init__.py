@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unlearn_fast._library import differentiate, fake, implement, not_twice_differentiable, warn_if_slow
-from unlearn_fast.ops import _checks
+from unlearn_fast.ops import _checks, _rows
 
 DEFAULT_CHUNK_BYTES = 64 << 20
 
@@ -20,9 +20,12 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,  # [V]
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Tensor:  # [...]
-    """Log-probability of each label under `softmax(hidden @ weight.T + bias)`.
+    """Log-probability of each label under `softmax(hidden @ weight.T + bias)`, softcapped and scaled on request.
 
     Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row).
     The backward computes each chunk's logits again and turns them into their gradient in place; the weight's gradient
@@ -31,8 +34,9 @@ def linear_token_logprobs(
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16. All is
             computed in that dtype's precision, under autocast too.
-        labels: [...] in int64 or int32, each in [0, V) or `ignore_index`. They are not shifted here.
+        labels: [...] in int64 or int32, each in [0, V) or `ignore_index`.
         ignore_index: rows with this label give 0 and an exactly zero gradient.
+        softcap, temperature, shift: as in `token_logprobs`.
         chunk_bytes: upper limit, in bytes, of the logits that exist at a time.
 
     Returns:
@@ -40,7 +44,7 @@ def linear_token_logprobs(
         hidden, weight and bias, with any cotangent.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device does not fit.
+        TypeError, ValueError: a dtype, shape, device or option does not fit.
         RuntimeError: a label is outside [0, V) (on the CPU).
     """
     _checks.floating("hidden", hidden)
@@ -61,8 +65,11 @@ def linear_token_logprobs(
             )
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
+    options = ignore_index, _rows.check_scaling(softcap, temperature), float(temperature), chunk_bytes
     warn_if_slow(hidden.device.type)
-    return torch.ops.unlearn_fast.linear_token_logprobs(hidden, weight, labels, bias, ignore_index, chunk_bytes)[0]
+    if shift:
+        labels = _rows.next_labels(labels, ignore_index)
+    return torch.ops.unlearn_fast.linear_token_logprobs(hidden, weight, labels, bias, *options)[0]
 
 
 # -- the operator: torch's matrix product on chunks, the row kernel between --------------------------------------------
@@ -81,14 +88,21 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_without_autocast
 def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_bytes: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    temperature: float,
+    chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = ignore_index, softcap, temperature, False
     rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    results = tuple(hidden.new_zeros(flat_labels.shape, dtype=dtype) for _ in range(3))
+    results = tuple(hidden.new_zeros(flat_labels.shape, dtype=_rows.wide_dtype(hidden)) for _ in range(3))
     for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
         logits = torch.nn.functional.linear(rows[chunk], weight, bias)
-        values = torch.ops.unlearn_fast.token_logprobs(logits, flat_labels[chunk], ignore_index)
+        values = torch.ops.unlearn_fast.token_logprobs(logits, flat_labels[chunk], *options)[:3]
         for result, value in zip(results, values, strict=True):
             result[chunk] = value
         del logits  # before the next chunk's are made
@@ -106,14 +120,18 @@ def _backward(
     row_max: Tensor,
     log_sum: Tensor,
     ignore_index: int,
+    softcap: float,
+    temperature: float,
     chunk_bytes: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
     need_hidden, need_weight, need_bias = needs
+    options = ignore_index, softcap, temperature
     wide = logp.dtype
     rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     saved = [t.reshape(-1) for t in (grad, logp, row_max, log_sum)]
+    nothing = saved[0].new_empty(0)  # the rows' entropy, which no cotangent asks for
     d_rows = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
     d_weight = weight.new_zeros(weight.shape, dtype=wide) if need_weight else weight.new_empty(0)
     d_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else weight.new_empty(0)
@@ -121,7 +139,9 @@ def _backward(
         inputs = rows[chunk]
         d_logits = torch.nn.functional.linear(inputs, weight, bias)  # the logits, until the next line overwrites them
         chunk_grad, *stats = (t[chunk] for t in saved)
-        torch.ops.unlearn_fast.token_logprobs_backward_(chunk_grad, d_logits, flat_labels[chunk], *stats, ignore_index)
+        torch.ops.unlearn_fast.token_logprobs_backward_(
+            chunk_grad, None, None, None, d_logits, flat_labels[chunk], *stats, nothing, *options
+        )
         if need_hidden:
             d_rows[chunk] = d_logits @ weight
         if hidden.device.type != "cpu":  # ignored rows are still here, and 0 * NaN would reach the weight
@@ -155,11 +175,8 @@ implement("linear_token_logprobs_backward", _backward)
 # -- shapes and derivatives --------------------------------------------------------------------------------------------
 
 
-def _forward_fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return tuple(hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+def _forward_fake(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(hidden.new_empty(labels.shape, dtype=_rows.wide_dtype(hidden)) for _ in range(3))  # type: ignore[return-value]
 
 
 def _backward_fake(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,18 +189,16 @@ def _backward_fake(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, labels, bias, ctx.ignore_index, ctx.chunk_bytes = inputs
+    hidden, weight, labels, bias, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, weight, labels, bias, *output)
 
 
 def _derivative(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    gradients = torch.ops.unlearn_fast.linear_token_logprobs_backward(
-        grad, *ctx.saved_tensors, ctx.ignore_index, ctx.chunk_bytes, needs
-    )
+    gradients = torch.ops.unlearn_fast.linear_token_logprobs_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_hidden, d_weight, None, d_bias, None, None
+    return d_hidden, d_weight, None, d_bias, None, None, None, None
 
 
 fake("linear_token_logprobs", _forward_fake)
