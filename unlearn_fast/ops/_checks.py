@@ -1,5 +1,6 @@
 """Checks of arguments that several operators share. An error names the argument, what was wrong, what is right."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,35 @@ def labels_of_rows(name: str, labels: Tensor, rows_name: str, rows: Tensor) -> N
         )
     if labels.device != rows.device:
         raise ValueError(f"{name} is on {labels.device} and {rows_name} on {rows.device}: they must be on one device")
+
+
+def lm_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, hidden_name: str = "") -> None:
+    """`weight` [V, H] and `bias` [V] turn `hidden` [..., H] into logits; `prefix` is that of their names."""
+    hidden_name = hidden_name or f"{prefix}hidden"
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight has shape {shape(weight)}:"
+            f" it must be [V, H] with H = {hidden.shape[-1]}, as in {hidden_name}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias has shape {shape(bias)}: it must be [V] with V = {len(weight)}, as in {prefix}weight"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{prefix}{name} is {tensor.dtype} on {tensor.device}:"
+                f" it must be {hidden.dtype} on {hidden.device}, as {hidden_name} is"
+            )
+
+
+def softmax_options(softcap: float | None, temperature: float) -> tuple[float, float]:
+    """As the operators take them: no softcap is 0."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}: it must be a positive number, or None for none")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: it must be a positive number")
+    return softcap or 0.0, float(temperature)
 
 
 def may_overlap(shape: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
