@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unlearn_fast.losses.rows import Rows
 from unlearn_fast.losses.vocabulary import VocabularyShard
@@ -76,8 +75,9 @@ class _GradientsInForward(torch.autograd.Function):
         return values.sum() / call.divisor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("create_graph=True through this loss: only first derivatives are supported")
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward through this loss: its gradients were computed in the forward, and the first"
@@ -106,14 +106,19 @@ class _Chunk(NamedTuple):
     sizes: Sequence[int]  # how many rows each side has
 
 
+def _only_labelled_rows(labels: Tensor) -> bool:
+    """Whether ignored rows are left out: where asking which they are would not make the CPU wait for a device."""
+    return labels.device.type == "cpu"
+
+
 def _chunks(targets: Sequence[Tensor], ignore_index: int, size: int) -> list[_Chunk]:
     """As many sequences a chunk as have at most `size` rows, but at least one; none for sequences without rows."""
     B = targets[0].shape[0]
-    if targets[0].device.type == "cpu":
+    if _only_labelled_rows(targets[0]):
         labelled = [t != ignore_index for t in targets]
         kept: list[Any] = [mask.view(-1).nonzero().squeeze(-1) for mask in labelled]
         ends = [[0, *mask.sum(1).cumsum(0).tolist()] for mask in labelled]
-    else:  # asking which rows are labelled would make the CPU wait
+    else:
         kept = [None for _ in targets]
         ends = [[b * t.shape[1] for b in range(B + 1)] for t in targets]
     total = [sum(of_sides) for of_sides in zip(*ends, strict=True)]
@@ -138,7 +143,8 @@ class _Run:
         ]
         self.targets = [t.reshape(-1) for t in call.targets]
         self.needs = needs
-        *need_hidden, self.need_weight, self.need_bias = needs
+        *sides, self.need_weight, self.need_bias = needs
+        self.need_hidden = any(sides)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         row_bytes = sum(h.weight.element_size() for h in self.heads) * (call.shard.rows if call.shard else self.V)
         self.size = max(1, call.chunk_bytes // max(1, row_bytes))
@@ -146,7 +152,7 @@ class _Run:
         longest = min(self.size, max((sum(chunk.sizes) for chunk in self.chunks), default=0))
         self.buffers = [h.weight.new_empty(longest, self.V) for h in self.heads]
         self.d_hidden = [
-            torch.zeros_like(x) if need else None for x, need in zip(self.heads[0].hidden, need_hidden, strict=True)
+            torch.zeros_like(x) if need else None for x, need in zip(self.heads[0].hidden, sides, strict=True)
         ]
         self.d_weight = head.weight.new_empty(
             head.weight.shape if self.need_weight else 0, dtype=call.weight_grad_dtype or dtype
@@ -174,7 +180,7 @@ class _Run:
         """The values of the chunk's sequences; their gradients are added to the totals."""
         labels = torch.cat([t[i] for t, i in zip(self.targets, chunk.rows, strict=True)])
         inputs = [torch.cat([x[i] for x, i in zip(h.hidden, chunk.rows, strict=True)]) for h in self.heads]
-        if labels.device.type != "cpu":  # ignored rows are still here, and 0 * NaN would reach the weight
+        if not _only_labelled_rows(labels):  # ignored rows are still here, and 0 * NaN would reach the weight
             ignored = (labels == self.call.ignore_index).unsqueeze(-1)
             inputs = [x.masked_fill_(ignored, 0) for x in inputs]
         pieces = [slice(a, min(a + self.size, len(labels))) for a in range(0, len(labels), self.size)]
@@ -226,7 +232,7 @@ class _Run:
 
     def add_gradients(self, d_logits: Tensor, inputs: Tensor, d_inputs: Tensor) -> None:
         """d_inputs is written, the others are added to."""
-        if any(d is not None for d in self.d_hidden):
+        if self.need_hidden:
             torch.mm(d_logits, self.heads[0].weight, out=d_inputs)
         if self.need_weight:
             _add_product_(self.d_weight, d_logits.T, inputs, self.fresh)
