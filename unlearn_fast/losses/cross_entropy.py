@@ -89,8 +89,8 @@ def _of_each(
         )
 
     def of_chunk(x: Tensor, y: Tensor) -> Tensor:
-        logits = linear(x, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(y.unsqueeze(1) < 0, 0)
+        logits = linear(x.masked_fill((y < 0).unsqueeze(1), 0), weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, y, reduction="none", ignore_index=-1, label_smoothing=label_smoothing)
 
     size = max(1, chunk_bytes // (len(weight) * 4))
