@@ -270,3 +270,13 @@ def test_reference_logprobs(cap):
     logits = logits_inputs(LOSSES[0], inputs)
     torch.testing.assert_close(unlearn_fast.sequence_logprobs(**logits, **CAPS[cap]), expected)
     assert expected[2] == 0  # nothing labelled
+
+
+@every_loss
+def test_logits_form_compiles_as_one_graph(loss):
+    inputs = logits_inputs(loss, hidden_inputs(loss, torch.float32))
+    torch.compiler.reset()
+    compiled = torch.compile(of(logits_loss, unlearn_fast, loss), fullgraph=True, backend="aot_eager")
+    expected = with_gradients(of(logits_loss, unlearn_fast, loss), inputs)
+    for name, result in with_gradients(compiled, inputs).items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-7)
