@@ -8,7 +8,7 @@ from torch import Tensor
 
 import unlearn_fast
 from unlearn_fast import reference
-from unlearn_fast.benchmarking import fisher, rivals
+from unlearn_fast.benchmarking import fisher, linear, rivals
 from unlearn_fast.benchmarking.case import (
     Case,
     Cost,
@@ -39,6 +39,8 @@ def smallest() -> list[Case]:
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
         flat_loss(2, 9, 1000),
+        linear.linear_flat_loss(2, 9, 16, 1000, FLOAT32),
+        linear.linear_cross_entropy(12, 16, 1000, FLOAT32),
         *fisher.smallest(),
     ]
 
@@ -61,6 +63,8 @@ def full() -> list[Case]:
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
         flat_loss(4, 65, 32_000),
+        *(linear.linear_flat_loss(8, 129, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
+        *(linear.linear_cross_entropy(2048, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
         *fisher.full(),
     ]
 
