@@ -2,38 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import unlearn_fast
-from unlearn_fast import losses, reference
-from unlearn_fast.losses.divergences import PAPER
-from unlearn_fast.reference import flat
-
-Tensors = dict[str, Tensor]
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What to compute from which inputs; `run` works with either library, which have the same names and signatures."""
-
-    operator: str
-    name: str
-    inputs: Callable[[torch.Generator], Tensors]  # float64, and integers
-    run: Callable[[ModuleType, Tensors], Tensors]
-    ours: ModuleType = unlearn_fast
-    reference: ModuleType = reference
-    wide: tuple[str, ...] = ()  # inputs that stay in at least float32
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    ulps: float = 4.0  # torch is sometimes exact by luck; exp, sum, log and product may each cost an ulp
-    cancels: bool = False  # results are sums whose terms cancel: errors count relative to the tensor's root mean square
-    beyond_torch: bool = False  # torch loses the result there: its own error does not count
+from unlearn_fast.loss_scenarios import loss_scenarios
+from unlearn_fast.scenario import Scenario, Tensors
 
 
 def scenarios() -> Iterator[Scenario]:
@@ -43,7 +19,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _moments_scenarios()
     yield from _convolution_scenarios()
     yield from _dampen_scenarios()
-    yield from _flat_scenarios()
+    yield from loss_scenarios()
 
 
 def _token_scenarios() -> Iterator[Scenario]:
@@ -311,65 +287,6 @@ def _dampen(step: int = 1, exponent: float = 1.0) -> Callable[[ModuleType, Tenso
         p, f, r = (x[name][::step] for name in ("params", "forget", "reference"))
         report = library.dampen_([p], [f], [r], alpha=2.0, lam=3.0, exponent=exponent, cap=0.9)
         return {"params": x["params"], "counts": report.stats[:, :3]}
-
-    return run
-
-
-def _flat_scenarios() -> Iterator[Scenario]:
-    options: dict[str, Any] = {
-        "ours": losses,
-        "reference": flat,
-        "cancels": True,
-        "ulps": 32,
-    }  # exp(log p) costs |log p|
-    for divergence, formulation in itertools.product(PAPER, ("paper", "official")):
-        title = f"{divergence}, {formulation}"
-        yield Scenario("flat_loss", title, _answers, _flat_loss(divergence, formulation), **options)
-        yield Scenario("linear_flat_loss", title, _answers, _linear_flat_loss(divergence, formulation), **options)
-
-
-def _answers(generator: torch.Generator) -> Tensors:
-    """Hidden states of 3 questions with uneven answers, one of them empty; V = 37, H = 6.
-
-    The model expects the forget answers, as before unlearning, so that the two sides of a loss do not cancel.
-    """
-    inputs: Tensors = {"weight": torch.randn(37, 6, generator=generator, dtype=torch.float64)}
-    for side, T, lengths in (("template", 9, (4, 1, 6)), ("forget", 7, (5, 3, 0))):
-        inputs[side] = torch.randn(3, T, 6, generator=generator, dtype=torch.float64)
-        labels = torch.randint(37, (3, T), generator=generator)
-        for row, n in zip(labels, lengths, strict=True):
-            row[0] = -100
-            row[1 + n :] = -100
-        inputs[f"{side}_labels"] = labels
-    expected = inputs["weight"][inputs["forget_labels"].roll(-1, dims=1).clamp(min=0)]
-    inputs["forget"] += expected
-    return inputs
-
-
-def _flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType, Tensors], Tensors]:
-    def run(library: ModuleType, x: Tensors) -> Tensors:
-        options = {"divergence": divergence, "formulation": formulation}
-        template, forget = ((x[side] @ x["weight"].T).requires_grad_() for side in ("template", "forget"))
-        loss = library.flat_loss(template, x["template_labels"], forget, x["forget_labels"], **options)
-        d_template, d_forget = torch.autograd.grad(loss, (template, forget))
-        return {
-            "template side": library.flat_template_loss(template, x["template_labels"], **options),
-            "forget side": library.flat_forget_loss(forget, x["forget_labels"], **options),
-            "grad of template": d_template,
-            "grad of forget": d_forget,
-        }
-
-    return run
-
-
-def _linear_flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType, Tensors], Tensors]:
-    def run(library: ModuleType, x: Tensors) -> Tensors:
-        leaves = [x[name].requires_grad_() for name in ("template", "forget", "weight")]
-        template, forget, weight = leaves
-        sides = template, x["template_labels"], forget, x["forget_labels"]
-        loss = library.linear_flat_loss(*sides, weight, divergence=divergence, formulation=formulation)
-        d_template, d_forget, d_weight = torch.autograd.grad(loss, leaves)
-        return {"value": loss, "grad of template": d_template, "grad of forget": d_forget, "grad of weight": d_weight}
 
     return run
 

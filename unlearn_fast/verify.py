@@ -18,7 +18,8 @@ from torch import Tensor
 import unlearn_fast
 from unlearn_fast.benchmarking.rivals import released_dampen_
 from unlearn_fast.info import table
-from unlearn_fast.scenarios import Scenario, Tensors, importances, scenarios
+from unlearn_fast.scenario import Scenario, Tensors
+from unlearn_fast.scenarios import importances, scenarios
 
 # tolerance = FACTOR * torch's own error + the scenario's ulps of the computing dtype + half an ulp of the result's,
 # and at most LIMIT: what is wrong by more fails, however inaccurate torch is there.
