@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import unlearn_fast
-from unlearn_fast import _library, scenarios
+from unlearn_fast import _library, scenario, scenarios
 from unlearn_fast.benchmarking import cases, measure
 from unlearn_fast.benchmarking.case import Case
 from unlearn_fast.cli import main
@@ -65,7 +65,7 @@ def test_verify_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     result = json.loads(capsys.readouterr().out)
     assert result["passed"] and all(check["passed"] for check in result["checks"])
     checked = {(check["operator"], check["dtype"]) for check in result["checks"]}
-    assert {("sum_grad_squared_linear_", str(t).removeprefix("torch.")) for t in scenarios.DTYPES} <= checked
+    assert {("sum_grad_squared_linear_", str(t).removeprefix("torch.")) for t in scenario.DTYPES} <= checked
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,6 @@ def test_demo_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def _only_scenarios_of(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     from unlearn_fast import verify
 
-    chosen = [scenario for scenario in scenarios.scenarios() if scenario.operator == operator]
+    chosen = [s for s in scenarios.scenarios() if s.operator == operator]
     assert chosen
     monkeypatch.setattr(verify, "scenarios", lambda: chosen)

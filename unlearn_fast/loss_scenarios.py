@@ -42,6 +42,21 @@ def loss_scenarios() -> Iterator[Scenario]:
                 run = _from_hidden(name, sides, constants, {**numbers, "chunk_bytes": chunk_bytes})
                 yield Scenario(f"linear_{name}", title, inputs, run, **options)
 
+    for reduction, smoothing in itertools.product(("mean", "none"), (0.0, 0.1)):
+        title = f"{reduction}, smoothed by {smoothing:g}"
+        run = _cross_entropy(reduction=reduction, label_smoothing=smoothing, chunk_bytes=8 * 37 * 2)
+        yield Scenario("linear_cross_entropy", title, _answers, run, cancels=True, ulps=32)
+
+
+def _cross_entropy(**options: Any) -> Callable[[ModuleType, Tensors], Tensors]:
+    def run(library: ModuleType, x: Tensors) -> Tensors:
+        leaves = [x[name].requires_grad_() for name in ("forget", "weight")]
+        loss = library.linear_cross_entropy(*leaves, x["forget_labels"], **options)
+        d_input, d_weight = torch.autograd.grad(loss.sum(), leaves)
+        return {"value": loss, "grad of input": d_input, "grad of weight": d_weight}
+
+    return run
+
 
 def _answers_and_teacher(generator: torch.Generator) -> Tensors:
     inputs = _answers(generator)

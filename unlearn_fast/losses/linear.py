@@ -48,20 +48,32 @@ class MeanOfSequences:
     shard: VocabularyShard | None = None
 
 
-# The number of labelled rows decides in Python what is computed, in place: no work for a compiler.
-@torch.compiler.disable
 def mean_of_sequences(call: MeanOfSequences, head: Head) -> Tensor:  # []
     """The mean, differentiable once in the head's tensors. Everything has been checked."""
+    return _not_compiled(_mean)(call, head)
+
+
+def values_of_sequences(call: MeanOfSequences, head: Head) -> Tensor:  # [B]
+    """What the mean is of, without gradients."""
+    return _not_compiled(_values)(call, head)
+
+
+def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Under torch.compile, the function as a graph break: the number of labelled rows decides in Python what is
+    computed, in place. Not as a decorator, which would import the compiler with the package.
+    """
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+def _mean(call: MeanOfSequences, head: Head) -> Tensor:
     tensors = (*head.hidden, head.weight, head.bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     if any(needs):
         return _GradientsInForward.apply(call, needs, *tensors)
-    return values_of_sequences(call, head).sum() / call.divisor
+    return _values(call, head).sum() / call.divisor
 
 
-@torch.compiler.disable
-def values_of_sequences(call: MeanOfSequences, head: Head) -> Tensor:  # [B]
-    """What the mean is of, without gradients."""
+def _values(call: MeanOfSequences, head: Head) -> Tensor:
     with torch.no_grad():
         return _values_and_gradients(call, head, [False] * (len(head.hidden) + 2))[0]
 
