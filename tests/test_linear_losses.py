@@ -175,6 +175,25 @@ def test_gradients_are_handed_over_without_a_copy():
     assert own["weight"].grad.data_ptr() in pointers and own["hidden"].grad.data_ptr() in pointers
 
 
+def test_confident_tokens_keep_their_gradient():
+    """The other logits are 40 below the label's, and 1 - p = 4 exp(-40) shows in every gradient."""
+    weight = torch.tensor([[0.0], [40.0], [0.0], [0.0], [0.0]], requires_grad=True)
+    bias, hidden = torch.zeros(5, requires_grad=True), torch.ones(1, 2, 1, requires_grad=True)
+    unlearn_fast.linear_gradient_ascent_loss(hidden, torch.tensor([[IGNORE, 1]]), weight, bias=bias).backward()
+    k = 4 * math.exp(-40)
+    assert bias.grad.tolist() == pytest.approx([-k / 4, k, -k / 4, -k / 4, -k / 4], rel=1e-6)
+    assert weight.grad.flatten().tolist() == bias.grad.tolist()
+    assert hidden.grad.flatten().tolist() == pytest.approx([40 * k, 0], rel=1e-6)
+
+
+@every_loss
+def test_inputs_are_not_changed(loss):
+    inputs = hidden_inputs(loss)
+    before = {n: x.clone() for n, x in inputs.items()}
+    with_gradients(functools.partial(ours, loss), inputs, chunk_bytes=3 * 37 * 8)
+    assert all(torch.equal(x, before[n]) for n, x in inputs.items())
+
+
 def test_tied_and_strided_tensors():
     """The hidden states are a slice, the weight is transposed, and both sides are one tensor."""
     inputs = hidden_inputs(DPO)
