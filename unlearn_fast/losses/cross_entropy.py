@@ -47,12 +47,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be one of mean, sum, none; got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}: it must be in [0, 1]")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
-    if weight_grad_dtype not in (None, torch.float32, linear_weight.dtype):
-        raise ValueError(
-            f"weight_grad_dtype is {weight_grad_dtype}: it must be None, torch.float32 or {linear_weight.dtype}"
-        )
+    _checks.accumulation(chunk_bytes, weight_grad_dtype, linear_weight)
     warn_if_slow(input.device.type)
     if reduction == "none":
         return _of_each(input, linear_weight, target, linear_bias, ignore_index, label_smoothing, chunk_bytes)

@@ -133,12 +133,7 @@ def plan(
     check_constants(sides, constants)
     for prefix, (hidden, _) in sides.items():
         _checks.lm_head("", hidden, weight, options.bias, hidden_name=f"{prefix}hidden")
-    if options.chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {options.chunk_bytes}: it must be at least 1")
-    if options.weight_grad_dtype not in (None, torch.float32, weight.dtype):
-        raise ValueError(
-            f"weight_grad_dtype is {options.weight_grad_dtype}: it must be None, torch.float32 or {weight.dtype}"
-        )
+    _checks.accumulation(options.chunk_bytes, options.weight_grad_dtype, weight)
     targets = [next_labels(labels, options.ignore_index) for _, labels in sides.values()]
     if options.shard is not None:
         options.shard.check(weight, targets, options.ignore_index)

@@ -52,6 +52,18 @@ def lm_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *,
             )
 
 
+def accumulation(chunk_bytes: int, weight_grad_dtype: torch.dtype | None, weight: Tensor) -> None:
+    """How much of the logits may exist at a time, and what the gradient of the weight is summed up in."""
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
+    wide = torch.promote_types(weight.dtype, float32)
+    if weight_grad_dtype not in (None, weight.dtype, wide):
+        choices = dict.fromkeys((weight.dtype, wide))
+        raise ValueError(
+            f"weight_grad_dtype is {weight_grad_dtype}: it must be None or {' or '.join(map(str, choices))}"
+        )
+
+
 def softmax_options(softcap: float | None, temperature: float) -> tuple[float, float]:
     """As the operators take them: no softcap is 0."""
     if softcap is not None and not 0 < softcap < math.inf:
