@@ -223,6 +223,6 @@ def test_demo_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def _only_scenarios_of(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     from unlearn_fast import verify
 
-    chosen = [scenario for scenario in scenarios.scenarios() if scenario.operator == operator]
+    chosen = [s for s in scenarios.scenarios() if s.operator == operator]
     assert chosen
     monkeypatch.setattr(verify, "scenarios", lambda: chosen)

@@ -38,8 +38,13 @@ def language_model() -> dict[str, object]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = torch.randint(0, 40, (2, 2, 9))
+    models = [LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)) for _ in range(2)]
     return {
-        "model": LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)),
+        "torch": torch,
+        "model": models[0],
+        "reference_model": models[1],
+        "ids": ids[1],
+        "labels": ids[1],
         "template_ids": ids[0],
         "template_labels": ids[0],
         "forget_ids": ids[1],
@@ -51,10 +56,10 @@ def language_model() -> dict[str, object]:
 def test_example(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = examples()[number]
-    namespace = language_model() if "flat_loss" in code else digits_classifier()
+    namespace = language_model() if "loss.backward" in code else digits_classifier()
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     exec(compile(code, f"README example {number + 1}", "exec"), namespace)
-    if "flat_loss" in code:
+    if "loss.backward" in code:
         assert all(p.grad is not None for p in namespace["model"].parameters())
     elif "alpha=5.0" in code:
         # f / r is 3 where the other examples' gradients vanish, at most: nothing is selected at 5.

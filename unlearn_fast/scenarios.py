@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from unlearn_fast import losses
-from unlearn_fast.losses.divergences import PAPER
-from unlearn_fast.reference import flat
+from unlearn_fast.loss_scenarios import loss_scenarios
 from unlearn_fast.scenario import Scenario, Tensors, cotangent
 from unlearn_fast.token_scenarios import token_scenarios
 
@@ -21,7 +19,7 @@ def scenarios() -> Iterator[Scenario]:
     yield from _moments_scenarios()
     yield from _convolution_scenarios()
     yield from _dampen_scenarios()
-    yield from _flat_scenarios()
+    yield from loss_scenarios()
 
 
 def _linear_scenarios() -> Iterator[Scenario]:
@@ -244,64 +242,5 @@ def _dampen(step: int = 1, exponent: float = 1.0) -> Callable[[ModuleType, Tenso
         p, f, r = (x[name][::step] for name in ("params", "forget", "reference"))
         report = library.dampen_([p], [f], [r], alpha=2.0, lam=3.0, exponent=exponent, cap=0.9)
         return {"params": x["params"], "counts": report.stats[:, :3]}
-
-    return run
-
-
-def _flat_scenarios() -> Iterator[Scenario]:
-    options: dict[str, Any] = {
-        "ours": losses,
-        "reference": flat,
-        "cancels": True,
-        "ulps": 32,
-    }  # exp(log p) costs |log p|
-    for divergence, formulation in itertools.product(PAPER, ("paper", "official")):
-        title = f"{divergence}, {formulation}"
-        yield Scenario("flat_loss", title, _answers, _flat_loss(divergence, formulation), **options)
-        yield Scenario("linear_flat_loss", title, _answers, _linear_flat_loss(divergence, formulation), **options)
-
-
-def _answers(generator: torch.Generator) -> Tensors:
-    """Hidden states of 3 questions with uneven answers, one of them empty; V = 37, H = 6.
-
-    The model expects the forget answers, as before unlearning, so that the two sides of a loss do not cancel.
-    """
-    inputs: Tensors = {"weight": torch.randn(37, 6, generator=generator, dtype=torch.float64)}
-    for side, T, lengths in (("template", 9, (4, 1, 6)), ("forget", 7, (5, 3, 0))):
-        inputs[side] = torch.randn(3, T, 6, generator=generator, dtype=torch.float64)
-        labels = torch.randint(37, (3, T), generator=generator)
-        for row, n in zip(labels, lengths, strict=True):
-            row[0] = -100
-            row[1 + n :] = -100
-        inputs[f"{side}_labels"] = labels
-    expected = inputs["weight"][inputs["forget_labels"].roll(-1, dims=1).clamp(min=0)]
-    inputs["forget"] += expected
-    return inputs
-
-
-def _flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType, Tensors], Tensors]:
-    def run(library: ModuleType, x: Tensors) -> Tensors:
-        options = {"divergence": divergence, "formulation": formulation}
-        template, forget = ((x[side] @ x["weight"].T).requires_grad_() for side in ("template", "forget"))
-        loss = library.flat_loss(template, x["template_labels"], forget, x["forget_labels"], **options)
-        d_template, d_forget = torch.autograd.grad(loss, (template, forget))
-        return {
-            "template side": library.flat_template_loss(template, x["template_labels"], **options),
-            "forget side": library.flat_forget_loss(forget, x["forget_labels"], **options),
-            "grad of template": d_template,
-            "grad of forget": d_forget,
-        }
-
-    return run
-
-
-def _linear_flat_loss(divergence: str, formulation: str) -> Callable[[ModuleType, Tensors], Tensors]:
-    def run(library: ModuleType, x: Tensors) -> Tensors:
-        leaves = [x[name].requires_grad_() for name in ("template", "forget", "weight")]
-        template, forget, weight = leaves
-        sides = template, x["template_labels"], forget, x["forget_labels"]
-        loss = library.linear_flat_loss(*sides, weight, divergence=divergence, formulation=formulation)
-        d_template, d_forget, d_weight = torch.autograd.grad(loss, leaves)
-        return {"value": loss, "grad of template": d_template, "grad of forget": d_forget, "grad of weight": d_weight}
 
     return run

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import unlearn_fast
 from unlearn_fast import reference
-from unlearn_fast.benchmarking import fisher, rivals, tokens
+from unlearn_fast.benchmarking import fisher, linear, rivals, tokens
 from unlearn_fast.benchmarking.case import (
     Case,
     Cost,
@@ -20,7 +20,7 @@ from unlearn_fast.benchmarking.case import (
     normal,
 )
 
-FLOAT32 = torch.float32
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
 def smallest() -> list[Case]:
@@ -34,6 +34,8 @@ def smallest() -> list[Case]:
         sum_grad_squared_conv(2, 3, 8, size=9, kernel=3, stride=2),
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
+        linear.linear_flat_loss(2, 9, 16, 1000, FLOAT32),
+        linear.linear_cross_entropy(12, 16, 1000, FLOAT32),
         *fisher.smallest(),
     ]
 
@@ -51,6 +53,8 @@ def full() -> list[Case]:
         sum_grad_squared_conv(32, 512, 512, size=4, kernel=3),
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
+        *(linear.linear_flat_loss(8, 129, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
+        *(linear.linear_cross_entropy(2048, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
         *fisher.full(),
     ]
 

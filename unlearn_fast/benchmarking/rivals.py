@@ -1,6 +1,7 @@
 """The formulations that the operators replace: what people write in plain torch, and what released code does."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,3 +132,69 @@ def _mean_probability(logits: Tensor, labels: Tensor) -> Tensor:  # [B, T, V], [
         p = row.softmax(-1).gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         means.append((p * labelled).mean())
     return torch.stack(means).mean()
+
+
+class _ChunkByChunk(torch.autograd.Function):
+    """Gradients in the forward, chunk by chunk, by autograd: what one writes in plain torch to spare the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, loss_of: Callable[..., Tensor], chunks: int, weight: Tensor, *hidden: Tensor) -> Tensor:
+        d_weight, d_hidden, total = (
+            torch.zeros_like(weight),
+            [torch.empty_like(x) for x in hidden],
+            weight.new_zeros(()),
+        )
+        pieces = zip(*(torch.arange(len(x)).chunk(chunks) for x in hidden), strict=True)
+        with torch.enable_grad():
+            w = weight.detach().requires_grad_()
+            for rows in pieces:
+                own = [x.detach()[i].requires_grad_() for x, i in zip(hidden, rows, strict=True)]
+                loss = loss_of(rows[0], w, *own)
+                gradient, *others = torch.autograd.grad(loss, [w, *own])
+                d_weight += gradient
+                for whole, i, part in zip(d_hidden, rows, others, strict=True):
+                    whole[i] = part
+                total += loss.detach()
+        ctx.save_for_backward(d_weight, *d_hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(x * grad for x in ctx.saved_tensors)
+
+
+def chunked_linear_flat_loss(
+    template_hidden: Tensor,  # [B, T, H]
+    template_labels: Tensor,  # [B, T]
+    forget_hidden: Tensor,  # [B, T', H]
+    forget_labels: Tensor,  # [B, T']
+    weight: Tensor,  # [V, H]
+) -> Tensor:  # []
+    """The paper's total variation, a sequence of each side at a time."""
+    B = len(template_hidden)
+
+    def loss_of(rows: Tensor, w: Tensor, template: Tensor, forget: Tensor) -> Tensor:
+        e = _answer_probability(template, template_labels[rows], w)
+        f = _answer_probability(forget, forget_labels[rows], w)
+        return (f.tanh() / 2 - e.tanh() / 2).sum() / B
+
+    return _ChunkByChunk.apply(loss_of, B, weight, template_hidden, forget_hidden)
+
+
+def _answer_probability(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:  # [b, T, H], [b, T] -> [b]
+    return eager_linear_token_logprobs(hidden[:, :-1], weight, labels[:, 1:]).exp().mean(1)
+
+
+def chunked_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # [N, H], [V, H], [N] -> []
+    """In eight chunks."""
+
+    def loss_of(rows: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        return -eager_linear_token_logprobs(x, w, labels[rows]).sum() / len(labels)
+
+    return _ChunkByChunk.apply(loss_of, 8, weight, hidden)
+
+
+def torchs_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """With its chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, options=options)

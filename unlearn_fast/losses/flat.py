@@ -3,20 +3,24 @@
 Wang et al., "LLM Unlearning via Loss Adjustment with Only Forget Data", ICLR 2025 (arXiv 2410.11143). Released code:
 UCSC-REAL/FLAT, `dataloader.py`, loss type `cl`.
 
-The vocabulary-sized work is done by `token_logprobs` and `linear_token_logprobs`; the rest is plain torch on [B, T].
+The vocabulary-sized work is done by `token_logprobs`, and by the engine of losses/linear.py; the rest is plain torch on
+[B, T].
 """
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_fast.losses.divergences import REVERSED, Divergence, Formulation, find_divergence
-from unlearn_fast.ops import _checks
+from unlearn_fast.losses.forms import LinearOptions, LogitsOptions, Sides, check_sides, mean, plan
+from unlearn_fast.losses.linear import mean_of_sequences
+from unlearn_fast.losses.values import per_token
+from unlearn_fast.losses.vocabulary import VocabularyShard
 from unlearn_fast.ops._rows import next_labels
-from unlearn_fast.ops.linear_token_logprobs import DEFAULT_CHUNK_BYTES, linear_token_logprobs
-from unlearn_fast.ops.token_logprobs import token_logprobs
+from unlearn_fast.ops.linear_token_logprobs import DEFAULT_CHUNK_BYTES
 
 
 def flat_loss(
@@ -28,6 +32,8 @@ def flat_loss(
     divergence: str = "total_variation",
     formulation: Formulation = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:  # []
     """The FLAT loss A(e) - C(f): raises the probability `e` of the template answer, lowers `f`, the forget answer's.
@@ -48,6 +54,7 @@ def flat_loss(
             `ignore_index` marks the tokens that are no part of the answer.
         divergence: "kl", "jeffrey", "pearson", "jensen_shannon", "total_variation", "reverse_kl", "squared_hellinger"
             or "neyman".
+        softcap, temperature: see `LogitsOptions`.
         inplace_backward: the backward writes each gradient over its logits, whose values are lost; saves one [B, T, V]
             buffer a side. See `token_logprobs`; the two sides must not be views of one tensor.
 
@@ -61,8 +68,9 @@ def flat_loss(
         RuntimeError: a label outside [0, V) (on the CPU).
     """
     terms = _terms(divergence, formulation)
-    sides = template_logits, template_labels, forget_logits, forget_labels
-    return _flat_loss(terms, *sides, formulation, ignore_index, inplace_backward)
+    options = LogitsOptions(ignore_index, softcap, temperature, inplace_backward)
+    sides = {"template_": (template_logits, template_labels), "forget_": (forget_logits, forget_labels)}
+    return _flat_loss(terms, sides, formulation, options)
 
 
 def flat_template_loss(
@@ -72,6 +80,8 @@ def flat_template_loss(
     divergence: str = "total_variation",
     formulation: Formulation = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:  # []
     """The template side of `flat_loss` alone, A(e).
@@ -80,8 +90,9 @@ def flat_template_loss(
     and backward one side at a time, only one side's activations live at once.
     """
     terms = _terms(divergence, formulation)
-    _check("", "logits", logits, labels)
-    return _logits_side(terms.template, logits, labels, formulation, ignore_index, inplace_backward)
+    check_sides("logits", {"": (logits, labels)})
+    options = LogitsOptions(ignore_index, softcap, temperature, inplace_backward)
+    return _logits_side(terms.template, logits, labels, formulation, options)
 
 
 def flat_forget_loss(
@@ -91,12 +102,15 @@ def flat_forget_loss(
     divergence: str = "total_variation",
     formulation: Formulation = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:  # []
     """The forget side of `flat_loss` alone, -C(f); see `flat_template_loss`."""
     terms = _terms(divergence, formulation)
-    _check("", "logits", logits, labels)
-    return -_logits_side(terms.forget, logits, labels, formulation, ignore_index, inplace_backward)
+    check_sides("logits", {"": (logits, labels)})
+    options = LogitsOptions(ignore_index, softcap, temperature, inplace_backward)
+    return -_logits_side(terms.forget, logits, labels, formulation, options)
 
 
 def linear_flat_loss(
@@ -110,31 +124,32 @@ def linear_flat_loss(
     divergence: str = "total_variation",
     formulation: Formulation = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    weight_grad_dtype: torch.dtype | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:  # []
     """`flat_loss` of the logits hidden @ weight.T + bias, without ever storing them.
 
-    Neither the [B, T, V] logits nor their gradient are allocated, only chunks of at most about `chunk_bytes`. Otherwise
-    the arguments, the result and the errors of `flat_loss`.
+    Neither the [B, T, V] logits nor their gradient are allocated, only chunks of at most about `chunk_bytes`; the
+    contract is that of `linear_gradient_ascent_loss`, the last options those of `LinearOptions`. The released
+    formulation knows each side's factor at the end only, and takes one more tensor of the weight's size for it.
+    Otherwise the arguments, the result and the errors of `flat_loss`.
     """
     terms = _terms(divergence, formulation)
-    _check("template_", "hidden", template_hidden, template_labels)
-    _check("forget_", "hidden", forget_hidden, forget_labels)
-    _check_same_questions("hidden", template_hidden, forget_hidden)
-    template_targets = next_labels(template_labels, ignore_index)
-    forget_targets = next_labels(forget_labels, ignore_index)
-    # One call for both sides: one [V, H] gradient of the weight instead of two and their sum.
-    logp = linear_token_logprobs(
-        torch.cat([template_hidden, forget_hidden], dim=1),
-        weight,
-        torch.cat([template_targets, forget_targets], dim=1),
-        bias=bias,
-        ignore_index=ignore_index,
-        chunk_bytes=chunk_bytes,
-    )
-    template_logp, forget_logp = logp.split([template_targets.shape[1], forget_targets.shape[1]], dim=1)
-    template = _mean_term(terms.template, template_logp, template_targets, formulation, ignore_index)
-    return template - _mean_term(terms.forget, forget_logp, forget_targets, formulation, ignore_index)
+    options = LinearOptions(bias, ignore_index, softcap, temperature, chunk_bytes, weight_grad_dtype, shard)
+    sides = {"template_": (template_hidden, template_labels), "forget_": (forget_hidden, forget_labels)}
+    planned = plan(partial(_pair_values, terms), sides, weight, {}, options)
+    if formulation == "paper":
+        return mean_of_sequences(*planned)
+    losses = []
+    for term, (prefix, (hidden, labels)) in zip(terms, sides.items(), strict=True):
+        share = partial(_summed_share, positions=labels.shape[1] - 1)
+        p = mean_of_sequences(*plan(share, {prefix: (hidden, labels)}, weight, {}, options))
+        labelled = (labels[:, 1:] != ignore_index).any()
+        losses.append(term(p).masked_fill(~labelled, 0))
+    return losses[0] - losses[1]
 
 
 class FLATLoss(nn.Module):
@@ -146,6 +161,8 @@ class FLATLoss(nn.Module):
         divergence: str = "total_variation",
         formulation: Formulation = "paper",
         ignore_index: int = -100,
+        softcap: float | None = None,
+        temperature: float = 1.0,
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
@@ -153,6 +170,8 @@ class FLATLoss(nn.Module):
         self.divergence = divergence
         self.formulation: Formulation = formulation
         self.ignore_index = ignore_index
+        self.softcap = softcap
+        self.temperature = temperature
         self.inplace_backward = inplace_backward
 
     def forward(
@@ -163,11 +182,12 @@ class FLATLoss(nn.Module):
         forget_labels: Tensor,  # [B, T']
     ) -> Tensor:  # []
         terms = find_divergence(self.divergence, self.formulation)
-        sides = template_logits, template_labels, forget_logits, forget_labels
-        return _flat_loss(terms, *sides, self.formulation, self.ignore_index, self.inplace_backward)
+        sides = {"template_": (template_logits, template_labels), "forget_": (forget_logits, forget_labels)}
+        options = LogitsOptions(self.ignore_index, self.softcap, self.temperature, self.inplace_backward)
+        return _flat_loss(terms, sides, self.formulation, options)
 
     def extra_repr(self) -> str:
-        options = ("divergence", "formulation", "ignore_index", "inplace_backward")
+        options = ("divergence", "formulation", "ignore_index", "softcap", "temperature", "inplace_backward")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
 
@@ -185,72 +205,40 @@ def _terms(divergence: str, formulation: Formulation) -> Divergence:
     return terms
 
 
-def _flat_loss(
-    terms: Divergence,
-    template_logits: Tensor,
-    template_labels: Tensor,
-    forget_logits: Tensor,
-    forget_labels: Tensor,
-    formulation: Formulation,
-    ignore_index: int,
-    inplace_backward: bool,
-) -> Tensor:
-    _check("template_", "logits", template_logits, template_labels)
-    _check("forget_", "logits", forget_logits, forget_labels)
-    _check_same_questions("logits", template_logits, forget_logits)
-    options = formulation, ignore_index, inplace_backward
-    template = _logits_side(terms.template, template_logits, template_labels, *options)
-    return template - _logits_side(terms.forget, forget_logits, forget_labels, *options)
+def _flat_loss(terms: Divergence, sides: Sides, formulation: Formulation, options: LogitsOptions) -> Tensor:
+    check_sides("logits", sides)
+    template, forget = (
+        _logits_side(term, *side, formulation, options) for term, side in zip(terms, sides.values(), strict=True)
+    )
+    return template - forget
 
 
 def _logits_side(
-    term: Callable[[Tensor], Tensor],
-    logits: Tensor,
-    labels: Tensor,
-    formulation: Formulation,
-    ignore_index: int,
-    inplace_backward: bool,
-) -> Tensor:
-    targets = next_labels(labels, ignore_index)
-    logp = token_logprobs(logits, targets, ignore_index=ignore_index, inplace_backward=inplace_backward)
-    return _mean_term(term, logp, targets, formulation, ignore_index)
-
-
-def _mean_term(
-    term: Callable[[Tensor], Tensor],
-    logp: Tensor,  # [B, T]
-    targets: Tensor,  # [B, T]
-    formulation: Formulation,
-    ignore_index: int,
+    term: Callable[[Tensor], Tensor], logits: Tensor, labels: Tensor, formulation: Formulation, options: LogitsOptions
 ) -> Tensor:  # []
-    """mean_b term(P_b), or term(P) in the official form; 0 for a P that no token entered."""
-    labelled = targets != ignore_index
-    p = logp.exp().masked_fill(~labelled, 0)
+    targets = next_labels(labels, options.ignore_index)
+    logp = options.logprobs(logits, targets)
+    labelled = targets != options.ignore_index
     if formulation == "paper":
-        count = labelled.sum(1)
-        answered = count > 0
-        values = term(p.sum(1) / count.clamp(min=1))
-    else:
-        sequences, positions = p.shape
-        answered = labelled.any()
-        values = term(p.sum() / max(sequences * (positions - 1), 1))
-    return values.masked_fill(~answered, 0).sum() / max(values.numel(), 1)
+        return mean(_side_values(term, logp, labelled))
+    p = mean(_summed_share(logp, labelled, positions=labels.shape[1] - 1))
+    return term(p).masked_fill(~labelled.any(), 0)
 
 
-def _check(side: str, kind: str, values: Tensor, labels: Tensor) -> None:
-    """Checks the `kind` ("logits" or "hidden") of one side ("template_", "forget_" or "") against its labels."""
-    name = side + kind
-    if values.dim() != 3:
-        raise ValueError(
-            f"{name} has shape {_checks.shape(values)}: it must be [B, T, {'V' if kind == 'logits' else 'H'}]"
-        )
-    _checks.floating(name, values)
-    _checks.labels_of_rows(f"{side}labels", labels, name, values)
+def _pair_values(
+    terms: Divergence, template: Tensor, template_labelled: Tensor, forget: Tensor, forget_labelled: Tensor
+) -> Tensor:  # [B]
+    """The paper's loss, A(e_b) - C(f_b)."""
+    return _side_values(terms.template, template, template_labelled) - _side_values(
+        terms.forget, forget, forget_labelled
+    )
 
 
-def _check_same_questions(kind: str, template: Tensor, forget: Tensor) -> None:
-    if template.shape[0] != forget.shape[0]:
-        raise ValueError(
-            f"template_{kind} has B = {template.shape[0]} and forget_{kind} B = {forget.shape[0]}:"
-            " both must answer the same B questions"
-        )
+def _side_values(term: Callable[[Tensor], Tensor], logp: Tensor, labelled: Tensor) -> Tensor:  # [B, T] -> [B]
+    """term(P_b), the mean of p over the labelled tokens; 0 for a P that no token entered."""
+    return term(per_token(logp.exp(), labelled)).masked_fill(~labelled.any(1), 0)
+
+
+def _summed_share(logp: Tensor, labelled: Tensor, *, positions: int) -> Tensor:  # [B, T] -> [B]
+    """What a sequence adds to the released P, a mean over all positions."""
+    return logp.exp().masked_fill(~labelled, 0).sum(1) / max(positions, 1)

@@ -31,6 +31,38 @@ def labels_of_rows(name: str, labels: Tensor, rows_name: str, rows: Tensor) -> N
         raise ValueError(f"{name} is on {labels.device} and {rows_name} on {rows.device}: they must be on one device")
 
 
+def lm_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, hidden_name: str = "") -> None:
+    """`weight` [V, H] and `bias` [V] turn `hidden` [..., H] into logits; `prefix` is that of their names."""
+    hidden_name = hidden_name or f"{prefix}hidden"
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight has shape {shape(weight)}:"
+            f" it must be [V, H] with H = {hidden.shape[-1]}, as in {hidden_name}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias has shape {shape(bias)}: it must be [V] with V = {len(weight)}, as in {prefix}weight"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{prefix}{name} is {tensor.dtype} on {tensor.device}:"
+                f" it must be {hidden.dtype} on {hidden.device}, as {hidden_name} is"
+            )
+
+
+def accumulation(chunk_bytes: int, weight_grad_dtype: torch.dtype | None, weight: Tensor) -> None:
+    """How much of the logits may exist at a time, and what the gradient of the weight is summed up in."""
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
+    wide = torch.promote_types(weight.dtype, float32)
+    if weight_grad_dtype not in (None, weight.dtype, wide):
+        choices = dict.fromkeys((weight.dtype, wide))
+        raise ValueError(
+            f"weight_grad_dtype is {weight_grad_dtype}: it must be None or {' or '.join(map(str, choices))}"
+        )
+
+
 def may_overlap(shape: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
     """Whether two elements may share memory (expanded or sliding views); true for reversed axes.
 

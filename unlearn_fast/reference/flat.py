@@ -1,6 +1,7 @@
 """FLAT: the published formula and the released one, sequence by sequence."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ def flat_loss(
     divergence: str = "total_variation",
     formulation: str = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,  # kept for the signature: the reference never overwrites the logits
 ) -> Tensor:  # []
     """The sum of the two sides."""
-    options = divergence, formulation, ignore_index
+    options = divergence, formulation, ignore_index, softcap, temperature
     return _side(0, template_logits, template_labels, *options) + _side(1, forget_logits, forget_labels, *options)
 
 
@@ -47,10 +50,12 @@ def flat_template_loss(
     divergence: str = "total_variation",
     formulation: str = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:  # []
     """The template term of the divergence, of the mean probability of the labelled tokens."""
-    return _side(0, logits, labels, divergence, formulation, ignore_index)
+    return _side(0, logits, labels, divergence, formulation, ignore_index, softcap, temperature)
 
 
 def flat_forget_loss(
@@ -60,10 +65,12 @@ def flat_forget_loss(
     divergence: str = "total_variation",
     formulation: str = "paper",
     ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:  # []
     """The forget term of the divergence, of the mean probability of the labelled tokens."""
-    return _side(1, logits, labels, divergence, formulation, ignore_index)
+    return _side(1, logits, labels, divergence, formulation, ignore_index, softcap, temperature)
 
 
 def linear_flat_loss(
@@ -77,7 +84,11 @@ def linear_flat_loss(
     divergence: str = "total_variation",
     formulation: str = "paper",
     ignore_index: int = -100,
-    chunk_bytes: int = 64 << 20,  # kept for the signature: the reference materialises all logits
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int = 64 << 20,  # kept for the signature, as the next ones: the reference materialises all logits
+    weight_grad_dtype: torch.dtype | None = None,
+    shard: Any = None,
 ) -> Tensor:  # []
     """flat_loss of hidden @ weight.T + bias."""
     return flat_loss(
@@ -88,16 +99,28 @@ def linear_flat_loss(
         divergence=divergence,
         formulation=formulation,
         ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
     )
 
 
-def _side(side: int, logits: Tensor, labels: Tensor, divergence: str, formulation: str, ignore_index: int) -> Tensor:
+def _side(
+    side: int,
+    logits: Tensor,
+    labels: Tensor,
+    divergence: str,
+    formulation: str,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
     """paper: mean over sequences of term(mean p); official: term(sum p / (B * (T - 1))); 0 where there is no p."""
     term = {"paper": PAPER, "official": OFFICIAL}[formulation][divergence][side]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     zero = logits[:0].sum(dtype=dtype)  # a zero that carries a gradient, whatever the logits hold
     answers = [
-        _probabilities(z, y, ignore_index) for z, y in zip(logits[:, :-1].to(dtype), labels[:, 1:].long(), strict=True)
+        _probabilities(z, y, ignore_index, softcap, temperature)
+        for z, y in zip(logits[:, :-1].to(dtype), labels[:, 1:].long(), strict=True)
     ]
     if formulation == "paper":
         return sum((term(p.mean()) for p in answers if len(p)), zero) / max(len(answers), 1)
@@ -109,7 +132,11 @@ def _probabilities(
     logits: Tensor,  # [T, V]
     labels: Tensor,  # [T]
     ignore_index: int,
+    softcap: float | None,
+    temperature: float,
 ) -> Tensor:  # [number of labelled tokens]
     """softmax(logits)[t, labels[t]] of the labelled tokens."""
     labelled = labels != ignore_index
-    return logits[labelled].softmax(-1).gather(-1, labels[labelled].unsqueeze(-1)).squeeze(-1)
+    z = logits[labelled]
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    return z.softmax(-1).gather(-1, labels[labelled].unsqueeze(-1)).squeeze(-1)
