@@ -66,6 +66,7 @@ UNLEARN_CLONED void exponentials(T* x, int64_t n) {
 
 void exponentials_of_buffer(const py::buffer& x) {
   const py::buffer_info info = x.request(true);
+  if (info.ndim != 1 || info.strides[0] != info.itemsize) throw py::value_error("x must be contiguous, with one axis");
   if (info.format == py::format_descriptor<float>::format())
     return exponentials(static_cast<float*>(info.ptr), info.size);
   if (info.format == py::format_descriptor<double>::format())
