@@ -13,6 +13,7 @@ Rows to be ignored are not read. A label out of range cannot raise here: its row
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from unlearn_fast.ops._triton_rows import (
-    STAGES,
     VANISHING,
     as_rows,
     at_vector,
@@ -45,6 +45,8 @@ from unlearn_fast.ops._triton_rows import (
     weights,
     wide,
 )
+
+STAGES = 3  # of the load pipeline: the blocks that are computed with, and two of each row on their way
 
 
 @triton.jit
@@ -324,12 +326,13 @@ def backward(
             out.copy_(dx.view(out.shape))
 
 
-def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every kind of rows, with nothing and with everything on top (see unlearn_fast.ops.resources)."""
     for (title, x, forward, backward), everything in itertools.product(shipped_rows(dtype), (False, True)):
         labels, row = torch.empty(x.shape[:-1], dtype=torch.long), x.new_empty(x.shape[:-1], dtype=wide(dtype))
-        settings = (-100, 30.0 if everything else 0.0, 1.0, 1.0 if everything else 0.0)
-        launches = [functools.partial(token_kl, x, x, labels, *settings)] * forward
-        launches += [functools.partial(token_kl_backward, row, x, x, labels, *[row] * 4, *settings)] * backward
-        for launch in launches:
-            yield f"{title}{', penalty and softcap' if everything else ''}", launch
+        title += ", penalty and softcap" if everything else ""
+        settings: Any = (-100, 30.0 if everything else 0.0, 1.0, 1.0 if everything else 0.0)
+        if forward:
+            yield title, functools.partial(token_kl, x, x, labels, *settings)
+        if backward:
+            yield title, functools.partial(token_kl_backward, row, x, x, labels, row, row, row, row, *settings)

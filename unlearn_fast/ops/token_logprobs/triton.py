@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from unlearn_fast.ops._triton_rows import (
-    STAGES,
     VANISHING,
     as_rows,
     at_vector,
@@ -49,6 +48,8 @@ from unlearn_fast.ops._triton_rows import (
     weights,
     wide,
 )
+
+STAGES = 4  # of the load pipeline: the block that is computed with, and three on their way
 
 
 @triton.jit
@@ -348,13 +349,15 @@ def backward(
             out.copy_(dx.view(out.shape))
 
 
-def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every kind of rows, with nothing and with everything on top (see unlearn_fast.ops.resources)."""
     for (title, x, forward, backward), everything in itertools.product(shipped_rows(dtype), (False, True)):
         labels, row = torch.empty(x.shape[:-1], dtype=torch.long), x.new_empty(x.shape[:-1], dtype=wide(dtype))
-        grads = (row, *((row if everything else None),) * 3)
+        title += ", statistics and softcap" if everything else ""
         settings = (-100, 30.0 if everything else 0.0, 1.0)
-        launches = [functools.partial(token_logprobs, x, labels, *settings, everything)] * forward
-        launches += [functools.partial(token_logprobs_backward, *grads, x, labels, *[row] * 4, *settings)] * backward
-        for launch in launches:
-            yield f"{title}{', statistics and softcap' if everything else ''}", launch
+        arguments: Any = (x, labels, *settings, everything)
+        if forward:
+            yield title, functools.partial(token_logprobs, *arguments)
+        arguments = (row, *((row if everything else None),) * 3, x, labels, row, row, row, row, *settings)
+        if backward:
+            yield title, functools.partial(token_logprobs_backward, *arguments)
