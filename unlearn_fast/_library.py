@@ -18,15 +18,33 @@ import torch
 
 SCHEMAS = {
     "token_logprobs": (
-        "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor logp, Tensor row_max, Tensor log_sum)"
+        "(Tensor logits, Tensor labels, int ignore_index, float softcap, float temperature, bool statistics)"
+        " -> (Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor mean_logit, Tensor hit)"
     ),
     "token_logprobs_backward": (
-        "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, int ignore_index)"
-        " -> Tensor"
+        "(Tensor grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, Tensor logits, Tensor labels,"
+        " Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, int ignore_index, float softcap,"
+        " float temperature) -> Tensor"
     ),
     "token_logprobs_backward_": (
-        "(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum,"
-        " int ignore_index) -> ()"
+        "(Tensor grad_logp, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, Tensor(a!) logits,"
+        " Tensor labels, Tensor logp, Tensor row_max, Tensor log_sum, Tensor entropy, int ignore_index, float softcap,"
+        " float temperature) -> ()"
+    ),
+    "token_kl": (
+        "(Tensor logits, Tensor teacher_logits, Tensor labels, int ignore_index, float softcap, float temperature,"
+        " float label_penalty)"
+        " -> (Tensor kl, Tensor row_max, Tensor log_sum, Tensor teacher_max, Tensor teacher_log_sum)"
+    ),
+    "token_kl_backward": (
+        "(Tensor grad, Tensor logits, Tensor teacher_logits, Tensor labels, Tensor row_max, Tensor log_sum,"
+        " Tensor teacher_max, Tensor teacher_log_sum, int ignore_index, float softcap, float temperature,"
+        " float label_penalty) -> Tensor"
+    ),
+    "token_kl_backward_": (
+        "(Tensor grad, Tensor(a!) logits, Tensor teacher_logits, Tensor labels, Tensor row_max, Tensor log_sum,"
+        " Tensor teacher_max, Tensor teacher_log_sum, int ignore_index, float softcap, float temperature,"
+        " float label_penalty) -> ()"
     ),
     "linear_token_logprobs": (
         "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index, int chunk_bytes)"
@@ -58,8 +76,15 @@ SCHEMAS = {
     ),
 }
 
-# Served by Triton on CUDA: by the function of the same name in `unlearn_fast.ops.<name>.triton`.
+# Served by Triton on CUDA: by the function of the same name in `unlearn_fast.ops.<name>.triton`, where a backward is in
+# its forward's folder.
 TRITON = (
+    "token_logprobs",
+    "token_logprobs_backward",
+    "token_logprobs_backward_",
+    "token_kl",
+    "token_kl_backward",
+    "token_kl_backward_",
     "sum_grad_squared_linear_",
     "sum_grad_squared_conv_",
     "sum_grad_squared_embedding_",
@@ -118,9 +143,9 @@ else:
 def _implement_in_triton(name: str) -> None:
     """Registers a function for the CUDA key that imports triton at its first call, and not before."""
 
-    def launch(*arguments: Any) -> None:
-        module = importlib.import_module(f"unlearn_fast.ops.{name.rstrip('_')}.triton")
-        getattr(module, name)(*arguments)
+    def launch(*arguments: Any) -> Any:
+        folder = name.rstrip("_").removesuffix("_backward")
+        return getattr(importlib.import_module(f"unlearn_fast.ops.{folder}.triton"), name)(*arguments)
 
     LIBRARY.impl(name, launch, "CUDA")
 
