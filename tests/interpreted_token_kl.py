@@ -110,6 +110,28 @@ def test_a_teacher_equal_to_the_student():
     assert not token_kl_backward(torch.ones(3), x, x, labels, *saved, IGNORED, 0.0, 1.0, 0.0).any()
 
 
+@pytest.mark.parametrize("far", [1e3, -1e5, 1e30])
+def test_a_teacher_far_from_the_student(far):
+    """Softmaxes do not depend on where the logits lie; nor may the sum of their differences."""
+    x, _, labels = draw(3, 1300, ignore=False)
+    teacher = torch.full_like(x, far)
+    teacher[:, 5] += max(1.0, abs(far) / 1e6)
+    exact = definition(x.double(), teacher.double(), labels, *PLAIN)
+    assert_accurate(token_kl(x, teacher, labels, IGNORED, *PLAIN)[0], exact[0], size=exact[3])
+
+
+def test_masked_columns():
+    """Columns at the lowest finite number, for the student alone in whole blocks, and for both."""
+    x, teacher, labels = draw(2, 2600, ignore=False)
+    lowest = torch.finfo(torch.float32).min
+    x[:, 700:], teacher[0, 700:] = lowest, lowest
+    x, teacher = x.flip(1), teacher.flip(1)
+    kl = token_kl(x, teacher, labels, IGNORED, *PLAIN)[0]
+    exact = definition(x.double(), teacher.double(), labels, *PLAIN)[0]
+    assert_accurate(kl[:1], exact[:1])
+    assert kl[1] >= 1e38  # no less than nearly infinite
+
+
 def test_hostile_values():
     inf, nan = torch.inf, torch.nan
     x = torch.tensor([[0, 1, -inf], [0, 1, -inf], [0, 1, 2], [nan, 0, 0], [0, 0, 0], [inf, 0, 0], [-inf] * 3])

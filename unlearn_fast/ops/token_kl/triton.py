@@ -56,16 +56,24 @@ def weighted(weight, x):
 
 
 @triton.jit
+def sunk(t_total, t_weight, cross, fall, t_fall):
+    """The cross term of an old block, whose maxima lie `fall` and `t_fall` below new ones."""
+    moved = tl.where(t_total == 0, 0, (t_fall - fall) * t_total)
+    return weighted(t_weight, cross + moved)
+
+
+@triton.jit
 def with_block(high, total, t_high, t_total, cross, y, t, factor, bound, PRECISE: tl.constexpr):
     """The lanes' sums with a block: of e = exp(factor * (y - high)), of the teacher's likewise, and of the teacher's
-    times t - y.
+    times (t - t_high) - (y - high), which stays small where the two lie far apart.
     """
     new, t_new = larger(high, block_max(y)), larger(t_high, block_max(t))
     _, weight = weights(high, new, factor, bound, PRECISE, PRECISE)
     _, t_weight = weights(t_high, t_new, factor, bound, PRECISE, PRECISE)
-    _, e = weights(y, new[None, :, None], factor, bound, PRECISE, PRECISE)
-    _, q = weights(t, t_new[None, :, None], factor, bound, PRECISE, PRECISE)
-    cross = weighted(t_weight, cross) + block_sum(weighted(q, t - y))
+    top, t_top = new[None, :, None], t_new[None, :, None]
+    _, e = weights(y, top, factor, bound, PRECISE, PRECISE)
+    _, q = weights(t, t_top, factor, bound, PRECISE, PRECISE)
+    cross = sunk(t_total, t_weight, cross, high - new, t_high - t_new) + block_sum(weighted(q, (t - t_top) - (y - top)))
     return new, weight * total + block_sum(e), t_new, t_weight * t_total + block_sum(q), cross
 
 
@@ -75,7 +83,8 @@ def merged(high, total, t_high, t_total, cross, factor, bound):
     top, t_top = tl.reduce(high, 0, larger), tl.reduce(t_high, 0, larger)
     _, weight = weights(high, top, factor, bound, True, True)
     _, t_weight = weights(t_high, t_top, factor, bound, True, True)
-    return top, tl.sum(weight * total, 0), t_top, tl.sum(t_weight * t_total, 0), tl.sum(weighted(t_weight, cross), 0)
+    cross = sunk(t_total, t_weight, cross, high - top, t_high - t_top)
+    return top, tl.sum(weight * total, 0), t_top, tl.sum(t_weight * t_total, 0), tl.sum(cross, 0)
 
 
 @triton.jit
@@ -84,9 +93,9 @@ def store_row(
     row, label, ignored, high, total, t_high, t_total, cross, factor,
 ):  # fmt: skip
     unit = scalar(factor, high.dtype)
-    high = tl.where(total == 0, float("-inf"), high)
+    high, t_high = tl.where(total == 0, float("-inf"), high), tl.where(t_total == 0, float("-inf"), t_high)
     logarithm, t_logarithm = tl.log(total), tl.log(t_total)
-    value = (cross / t_total - (t_high - high)) * unit - (t_logarithm - logarithm)
+    value = cross / t_total * unit + (logarithm - t_logarithm)
     wrong = label < 0
     tl.store(kl + row, tl.where(ignored, 0, tl.where(wrong, float("nan"), value)))
     tl.store(row_max + row, tl.where(ignored, 0, tl.where(wrong, float("nan"), high * unit)))
