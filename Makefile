@@ -49,7 +49,7 @@ bench: $(BUILT)
 
 gpu-check: $(BUILT)
 	@$(RUN) -c "import torch, sys; torch.cuda.is_available() or sys.exit('gpu-check needs a GPU: torch sees none here')"
-	$(RUN) -m pytest -o addopts= -q --noconftest tests/test_gpu.py tests/test_triton_gpu.py
+	$(RUN) -m pytest -o addopts= -q --noconftest tests/test_gpu.py tests/test_triton_gpu.py tests/test_triton_rows_gpu.py
 	$(RUN) -m unlearn_fast verify
 
 clean:

@@ -9,10 +9,11 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton import language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle, _convert_float
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,8 +37,34 @@ def _dot_of_bfloat16(self: Any, a: Any, b: Any, *rest: Any) -> Any:
 InterpreterBuilder.create_dot = _dot_of_bfloat16
 
 
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """The interpreter rounds between product and sum."""
+    wide = [v.data.astype(np.float64) for v in (x, y, z)]
+    return TensorHandle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+
+
+InterpreterBuilder.create_fma = _fma
+
+_reduce = ReduceOps.apply_impl
+
+
+def _reduce_to_larger(self: Any, input: Any) -> Any:
+    """The interpreter would compare one pair of elements after the other."""
+    if getattr(self.combine_fn, "__name__", "") == "larger":
+        return self.min_max(input[0], val_reduce_op=np.max)
+    return _reduce(self, input)
+
+
+ReduceOps.apply_impl = _reduce_to_larger
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What a result of 16 bits may lose beyond half an ulp: the interpreter rounds towards zero."""
+    return torch.finfo(dtype).eps / 4 if dtype.itemsize == 2 else 0.0
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

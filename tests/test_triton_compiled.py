@@ -1,4 +1,6 @@
-"""The Triton kernels compiled ahead of time, without a GPU: no configuration that is shipped spills registers."""
+"""The Triton kernels compiled ahead of time, without a GPU: no configuration that is shipped spills registers, and rows
+of logits are read by whole vectors, ahead of their use.
+"""
 
 import re
 
@@ -29,8 +31,11 @@ def test_no_register_is_spilled(operator, kind, architecture):
         kernel = resources.compiled(recorded, architecture)
         found = resources.usage(kernel)
         assert found.stack == 0, f"{title}: {found}"
-        if recorded.options.get("num_stages", 0) > 2:
+        stages = recorded.options.get("num_stages", recorded.options.get("STAGES", 0))
+        if stages > 2 and recorded.options.get("TOGETHER", True):
             assert loads_in_flight(kernel) > 0, title
+        if "ALIGNED" in recorded.options:
+            check_vectors(kernel, recorded.options)
         seen += 1
     assert seen
 
@@ -40,3 +45,15 @@ def loads_in_flight(kernel) -> int:
     code = kernel.asm["ttgir"]
     loop = code[code.index("scf.for") :]
     return int(re.findall(r"async_wait.*?num = (\d+)", loop)[0])
+
+
+def check_vectors(kernel, options) -> None:
+    """Full blocks of rows are read and written by whole vectors, wherever a row begins, and their maxima and sums stay
+    within threads.
+    """
+    code = kernel.asm["ptx"]
+    if options.get("TOGETHER", True):
+        assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", code)  # 16 bytes
+    if "backward" in kernel.name:
+        assert re.search(r"st\.global\.v[24]\.b(32|64)", code)
+    assert code.count("shfl.sync") < 100  # at a row's end

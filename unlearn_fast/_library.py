@@ -77,8 +77,15 @@ SCHEMAS = {
     ),
 }
 
-# Served by Triton on CUDA: by the function of the same name in `unlearn_fast.ops.<name>.triton`.
+# Served by Triton on CUDA: by the function of the same name in `unlearn_fast.ops.<name>.triton`, where a backward is in
+# its forward's folder.
 TRITON = (
+    "token_logprobs",
+    "token_logprobs_backward",
+    "token_logprobs_backward_",
+    "token_kl",
+    "token_kl_backward",
+    "token_kl_backward_",
     "sum_grad_squared_linear_",
     "sum_grad_squared_conv_",
     "sum_grad_squared_embedding_",
@@ -137,9 +144,9 @@ else:
 def _implement_in_triton(name: str) -> None:
     """Registers a function for the CUDA key that imports triton at its first call, and not before."""
 
-    def launch(*arguments: Any) -> None:
-        module = importlib.import_module(f"unlearn_fast.ops.{name.rstrip('_')}.triton")
-        getattr(module, name)(*arguments)
+    def launch(*arguments: Any) -> Any:
+        folder = name.rstrip("_").removesuffix("_backward")
+        return getattr(importlib.import_module(f"unlearn_fast.ops.{folder}.triton"), name)(*arguments)
 
     LIBRARY.impl(name, launch, "CUDA")
 

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-OPERATORS = ("linear", "conv", "embedding", "scale")
+OPERATORS = {  # title -> folder
+    "linear": "sum_grad_squared_linear",
+    "conv": "sum_grad_squared_conv",
+    "embedding": "sum_grad_squared_embedding",
+    "scale": "sum_grad_squared_scale",
+    "token_logprobs": "token_logprobs",
+    "token_kl": "token_kl",
+}
 KINDS = {  # title -> dtype of the inputs, torch's setting for float32 products
     "bfloat16": (torch.bfloat16, "ieee"),
     "float16": (torch.float16, "ieee"),
@@ -51,7 +58,7 @@ class Usage(NamedTuple):
 
 def shipped(operator: str, kind: str) -> Iterator[tuple[str, Recorded]]:
     """Every kernel that an operator launches for a kind of inputs: title, launch."""
-    module = importlib.import_module(f"unlearn_fast.ops.sum_grad_squared_{operator}.triton")
+    module = importlib.import_module(f"unlearn_fast.ops.{OPERATORS[operator]}.triton")
     dtype, setting = KINDS[kind]
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, setting
