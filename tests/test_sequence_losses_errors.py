@@ -1,7 +1,5 @@
 """The sequence losses: errors name the argument, and nothing is changed by an invalid call."""
 
-import re
-
 import pytest
 import torch
 from sequence_losses import LOSSES, hidden_inputs, leaves, linear_loss, logits_inputs, logits_loss
@@ -86,7 +84,7 @@ def test_head_and_options(loss, changes, message):
 @pytest.mark.parametrize(("option", "value"), [("softcap", 0.0), ("softcap", float("nan")), ("temperature", -1.0)])
 @every_loss
 def test_options_of_the_logits_form(loss, option, value):
-    with pytest.raises(ValueError, match=f"{option} is {value}: it must be a positive number"):
+    with pytest.raises(ValueError, match=f"{option} is {value}: it must be finite and above 0"):
         logits_loss(unlearn_fast, loss, logits_inputs(loss, hidden_inputs(loss)), **{option: value})
 
 
@@ -134,7 +132,7 @@ def test_teachers(loss):
         with pytest.raises(error, match=message):
             linear_loss(unlearn_fast, loss, inputs | changes)
     for bad, error, message in [
-        (F(5, 9, 36), ValueError, r"teacher_logits has shape \[5, 9, 36\] on cpu: it must be \[5, 9, 37\]"),
+        (F(5, 9, 36), ValueError, r"teacher_logits has shape \[5, 9, 36\]: it must be \[5, 9, 37\]"),
         (F(5, 9, 37).int(), TypeError, "teacher_logits has dtype torch.int32"),
     ]:
         with pytest.raises(error, match=message):
@@ -146,13 +144,9 @@ def test_teachers(loss):
 def test_a_label_outside_the_vocabulary(loss, chunk_bytes):
     inputs = hidden_inputs(loss)
     inputs[f"{loss.sides[0]}labels"][1, 2] = 37
-    message = re.escape("labels holds 37 at row") if not loss.teacher else "out of bounds"
     for form, arguments, options in (
         (linear_loss, inputs, {"chunk_bytes": chunk_bytes}),
         (logits_loss, logits_inputs(loss, inputs), {}),
     ):
-        if loss.name == "kl_retain_loss":
-            form(unlearn_fast, loss, arguments, **options)  # the labels only mark tokens
-        else:
-            with pytest.raises(RuntimeError, match=message):
-                form(unlearn_fast, loss, arguments, **options)
+        with pytest.raises(RuntimeError, match="labels holds 37 at row"):
+            form(unlearn_fast, loss, arguments, **options)
