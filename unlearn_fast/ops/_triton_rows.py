@@ -199,12 +199,12 @@ class Walk(NamedTuple):
     blocks: int  # of a part
 
 
-def walk(*rows: Tensor) -> Walk:
+def walk(*rows: Tensor, elements: int = 16) -> Walk:
     """For tensors [B, T, V] walked together, in blocks that begin at the cache lines of the first one."""
     B, T, V = rows[0].shape
     sizes = [x.element_size() for x in rows]
     vector = VECTOR_BYTES.value // max(sizes)
-    unroll = (4 if max(sizes) == 8 else 16) // vector  # 16 elements a thread; 4 of float64
+    unroll = (4 if max(sizes) == 8 else elements) // vector  # a thread's elements; 4 of float64
     warps = 8 if V > 8192 else 4 if V > 2048 else 1
     steps = triton.cdiv(max(V, 1), 32 * warps * vector * unroll)
     slots = processors(rows[0]) * THREADS // (32 * warps)

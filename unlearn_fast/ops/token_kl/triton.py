@@ -276,7 +276,7 @@ def token_kl(
     with torch.cuda.device_of(logits):
         x, t = as_rows(logits, teacher_logits)
         labels, N, V = labels.contiguous(), labels.numel(), x.shape[2]
-        way = walk(x, t)
+        way = walk(x, t, elements=8 if softcap else 16)  # two softcaps take registers
         parts = logits.new_empty(5, N, way.parts, dtype=dtype) if way.parts > 1 else None
         settings = units(temperature, softcap)
         forward_kernel[(N, way.parts)](
