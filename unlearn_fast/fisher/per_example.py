@@ -27,8 +27,8 @@ Losses = Callable[[nn.Module, Any], Tensor | WeightedLosses]
 # Examples of the first batch that are checked: what holds for them holds for all, unless indexing depends on the data,
 # for which whole batches are checked. More than two, since two may happen to be alike.
 FIRST = 3
-# As many examples are compared again in the 16th, the 64th, the 256th batch, ...
-AGAIN, FACTOR = 16, 4
+# As many examples are compared again in the 64th, the 256th, the 1024th batch, ..., at about half a batch each time.
+AGAIN, FACTOR = 64, 4
 
 
 class PerExample:
