@@ -325,3 +325,14 @@ def test_activations_in_place_on_values_of_parameters(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fisher(model, batches_of(6, 6))
+
+
+@pytest.mark.parametrize("name", ["norms", "norms_of_vectors_and_volumes", "transformer"])
+def test_norms_in_a_small_workspace(name, monkeypatch):
+    """Their normalised inputs are made some examples at a time: here, of one."""
+    torch.manual_seed(0)
+    model, batch, _ = CASES[name]()
+    expected = fisher(model.eval(), [batch])
+    monkeypatch.setattr("unlearn_fast.fisher.gradients.WORKSPACE_BYTES", 1)
+    ours = fisher(model, [batch])
+    assert all(relative_error(ours[name], truth) < 1e-5 or not truth.any() for name, truth in expected.items())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unlearn_fast.fisher.gradients import WORKSPACE_BYTES, Moments, PerExampleGradient, total, wide
+from unlearn_fast.fisher.gradients import Moments, PerExampleGradient, total, wide
 from unlearn_fast.ops._checks import may_overlap
 
 
@@ -109,10 +109,8 @@ class PulledBack(PerExampleGradient):
                         add(parent, gradients)
         return found[id(self.root)].to(dtype)
 
-    def _steps(self) -> Iterator[tuple[int, int]]:
-        step = max(1, WORKSPACE_BYTES // (8 * max(1, self._largest)))
-        for start in range(0, self.n, step):
-            yield start, min(self.n, start + step)
+    def _example_size(self) -> int:
+        return self._largest
 
 
 Parts = list[tuple[Region, PerExampleGradient]]

@@ -94,9 +94,13 @@ class PerExampleGradient:
             moments.of_examples(start, stop).add(self.dense(start, stop))
 
     def _steps(self) -> Iterator[tuple[int, int]]:
-        step = max(1, WORKSPACE_BYTES // (8 * max(1, math.prod(self.shape))))
+        step = max(1, WORKSPACE_BYTES // (8 * max(1, self._example_size())))
         for start in range(0, self.n, step):
             yield start, min(self.n, start + step)
+
+    def _example_size(self) -> int:
+        """Numbers that an example takes while it is worked on."""
+        return math.prod(self.shape)
 
 
 class Dense(PerExampleGradient):
@@ -113,24 +117,42 @@ class Dense(PerExampleGradient):
 
 
 class Scaled(PerExampleGradient):
-    """G_b[c] = sum_t grads[b, t, c] * inputs[b, t, c]: weights of norms, and with no inputs biases."""
+    """G_b[c] = sum_t grads[b, t, c] * inputs[b, t, c]: weights of norms, and with no inputs biases.
 
-    def __init__(self, inputs: Tensor | None, grads: Tensor, shape: Sequence[int]) -> None:  # [n, T, C]
-        self.inputs, self.grads = inputs, grads
+    With `make`, the inputs are what it makes of `inputs`, some examples at a time.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor | None,  # [n, T, C], or [n, ...] with `make`
+        grads: Tensor,  # [n, T, C]
+        shape: Sequence[int],
+        make: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.inputs, self.grads, self.make = inputs, grads, make
         self.n, self.shape = len(grads), tuple(shape)
 
     def sources(self) -> list[Tensor]:
         return [self.grads]
 
     def dense(self, start: int, stop: int) -> Tensor:
-        grads = self.grads[start:stop]
-        products = grads if self.inputs is None else grads.to(wide(grads)) * self.inputs[start:stop]
+        grads, inputs = self.grads[start:stop], self._inputs(start, stop)
+        products = grads if inputs is None else grads.to(wide(grads)) * inputs
         return products.sum(1, dtype=wide(grads)).reshape(-1, *self.shape)
 
     def add_to(self, moments: Moments) -> None:
-        inputs, grads = _same_dtype(self.inputs, self.grads)
         flat = moments.shaped((self.grads.shape[-1],))
-        sum_grad_squared_scale_(flat.second, inputs, grads, **flat.options)
+        for start, stop in self._steps() if self.make else [(0, self.n)]:
+            part = flat.of_examples(start, stop)
+            inputs, grads = _same_dtype(self._inputs(start, stop), self.grads[start:stop])
+            sum_grad_squared_scale_(part.second, inputs, grads, **part.options)
+
+    def _inputs(self, start: int, stop: int) -> Tensor | None:
+        part = None if self.inputs is None else self.inputs[start:stop]
+        return part if part is None or self.make is None else self.make(part)
+
+    def _example_size(self) -> int:
+        return self.grads[:1].numel()
 
 
 class Outer(PerExampleGradient):

@@ -201,7 +201,7 @@ def _trailing_norm(input: Tensor, shape: Any, normalize: Callable[[Tensor], Tens
     width = torch.Size(shape).numel()
 
     def of_weight(grad: Tensor, x: Tensor) -> Scaled:
-        return Scaled(_rows(normalize(x.to(wide(x))), width), _rows(grad, width), shape)
+        return Scaled(x, _rows(grad, width), shape, lambda part: _rows(normalize(part.to(wide(part))), width))
 
     return {
         "weight": Use((input,), of_weight),
@@ -267,7 +267,7 @@ def _channel_norm(input: Tensor, normalize: Callable[[Tensor], Tensor]) -> Mappi
     spatial, shape = input.dim() - 2, input.shape[1:2]
 
     def of_weight(grad: Tensor, x: Tensor) -> Scaled:
-        return Scaled(_channels(normalize(x.to(wide(x))), spatial), _channels(grad, spatial), shape)
+        return Scaled(x, _channels(grad, spatial), shape, lambda p: _channels(normalize(p.to(wide(p))), spatial))
 
     return {
         "weight": Use((input,), of_weight),
