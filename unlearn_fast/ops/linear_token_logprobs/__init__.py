@@ -49,22 +49,8 @@ def linear_token_logprobs(
     """
     _checks.floating("hidden", hidden)
     _checks.labels_of_rows("labels", labels, "hidden", hidden)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight has shape {_checks.shape(weight)}: it must be [V, H] with H = {hidden.shape[-1]}, as in hidden"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {_checks.shape(bias)}: it must be [V] with V = {weight.shape[0]}, as in weight"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}:"
-                f" it must be {hidden.dtype} on {hidden.device}, as hidden is"
-            )
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
+    _checks.lm_head("", hidden, weight, bias)
+    _checks.accumulation(chunk_bytes, None, weight)
     options = ignore_index, _rows.check_scaling(softcap, temperature), float(temperature), chunk_bytes
     warn_if_slow(hidden.device.type)
     if shift:
