@@ -266,6 +266,19 @@ def test_modules_that_do_more_than_set_a_flag_are_put_back():
     assert not model[0].merged and [module.training for module in model] == [True, False, True]
 
 
+def test_requires_grad_comes_back_where_train_fails():
+    class Failing(nn.Linear):
+        def train(self, mode=True):
+            if mode:
+                raise ZeroDivisionError("in train")
+            return super().train(mode)
+
+    model = nn.Sequential(Failing(9, 6), nn.Dropout(), nn.Linear(6, 4))
+    with pytest.raises(ZeroDivisionError, match="in train"):
+        fisher(model, batches_of(4))
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
 def test_optimizer_steps_inside_a_backward_are_refused():
     """Reentrant checkpoints would run them, and train the model."""
 

@@ -21,6 +21,7 @@ from unlearn_fast import (
     diagonal_fisher,
     output_norm_losses,
 )
+from unlearn_fast.fisher.diagonal import _name
 
 
 def mlp(seed=0):
@@ -341,6 +342,18 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     importance.save(file)
     with pytest.raises(ValueError, match="was not written by diagonal_fisher"):
         fisher(mlp(), batches, **options)
+
+
+def test_losses_with_bound_arguments_have_a_name_that_lasts():
+    """A function among them, or an object, is not told by its address, which the next process does not have."""
+
+    def scorer():
+        pass
+
+    names = [_name(functools.partial(classification_losses, labels=labels)) for labels in ("all", "sampled", 3, None)]
+    assert len(set(names)) == 4
+    bound = functools.partial(classification_losses, scorer, labels="all", extra=object())
+    assert _name(bound).endswith("scorer 'extra' object 'labels' 'all'") and "0x" not in _name(bound)
 
 
 def test_a_checkpoint_of_all_batches_and_random_batches(tmp_path):

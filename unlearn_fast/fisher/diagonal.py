@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -205,17 +206,22 @@ def prepared(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterat
         _measured.difference_update(own)
         for handle in handles:
             handle.remove()
-        model.train(training[0][1])  # modules may do more in it than set their flags
-        for module, flag in training:
-            module.training = flag
         for param in parameters.values():
             param.requires_grad_(True)
+        try:
+            model.train(training[0][1])  # modules may do more in it than set their flags
+        finally:
+            for module, flag in training:
+                module.training = flag
 
 
 def _name(losses: Any) -> str:
-    """Tells a checkpoint of other losses, as far as names can."""
+    """Tells a checkpoint of other losses, as far as names can: the same in every process, so without addresses."""
     if isinstance(losses, functools.partial):
-        return f"{_name(losses.func)} {losses.args} {losses.keywords}"
+        bound = [*losses.args, *itertools.chain.from_iterable(sorted(losses.keywords.items()))]
+        return " ".join(map(_name, (losses.func, *bound)))
+    if isinstance(losses, (str, int, float, type(None))):
+        return repr(losses)
     return getattr(losses, "__qualname__", type(losses).__qualname__)
 
 
