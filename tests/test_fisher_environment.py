@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import warnings
+import weakref
 from collections import UserDict
 
 import pytest
@@ -75,6 +76,34 @@ def test_extra_memory_does_not_grow_with_the_batch(monkeypatch):
             fisher(model, batches_of(n))
         sizes.append(largest.size)
     assert sizes == [300 * 300 * 4] * 2
+
+
+@pytest.mark.parametrize("late", ["linear", "convolution", "group_norm", "instance_norm", "layer_norm", "scaled"])
+def test_inputs_are_freed_as_the_backward_passes(late):
+    """As in an ordinary one: when the gradient reaches the first layer, those of the later ones are gone."""
+    layers = {
+        "linear": nn.Linear(8, 8),
+        "convolution": nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Conv1d(4, 4, 1), nn.Flatten()),
+        "group_norm": nn.GroupNorm(2, 8),
+        "instance_norm": nn.Sequential(nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, affine=True), nn.Flatten()),
+        "layer_norm": nn.LayerNorm(8),
+        "scaled": Wiring(lambda m, x: x * m.gain, gain=parameter(8)),
+    }
+    alive = []
+
+    def forward(m, x):
+        first = m.first(x)
+        inside = torch.sin(torch.tanh(first)) + 0  # no function needs its own result
+        held = weakref.ref(inside)
+        if first.requires_grad:
+            first.register_hook(lambda gradient: alive.append(held() is not None))
+        return m.head(torch.sin(m.late(inside)))
+
+    model = Wiring(forward, first=nn.Linear(9, 8), late=layers[late], head=nn.Linear(8, 4)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fisher(model, batches_of(4))
+    assert len(alive) >= 3 and not alive[-1]
 
 
 @pytest.mark.parametrize("name", CASES)

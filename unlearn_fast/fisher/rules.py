@@ -213,8 +213,10 @@ def _trailing_norm(input: Tensor, shape: Any, normalize: Callable[[Tensor], Tens
 def group_norm(
     input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Mapping[str, Use]:
+    rank = input.dim()  # no form may hold the input itself: it would live until the end of the backward
+
     def normalize(x: Tensor) -> Tensor:
-        return F.group_norm(x.flatten(0, x.dim() - input.dim()), num_groups, eps=eps).view_as(x)
+        return F.group_norm(x.flatten(0, x.dim() - rank), num_groups, eps=eps).view_as(x)
 
     return _channel_norm(input, normalize)
 
@@ -233,8 +235,10 @@ def instance_norm(
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, eps=eps)
 
+    rank = input.dim()
+
     def normalize(x: Tensor) -> Tensor:
-        return F.instance_norm(x.flatten(0, x.dim() - input.dim()), eps=eps).view_as(x)
+        return F.instance_norm(x.flatten(0, x.dim() - rank), eps=eps).view_as(x)
 
     return _channel_norm(input, normalize)
 

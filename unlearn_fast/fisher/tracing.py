@@ -147,11 +147,14 @@ class Trace(Watch):
             self.unplanned = True
             return result
 
+        # Without `uses`: what autograd does not hold here is freed as the backward passes, as in an ordinary one.
+        forms = [(expression, use.form, len(use.keep)) for expression, use in uses.items()]
+
         def receive(gradient: Tensor, *kept: Tensor) -> None:
             gradient, *parts = (self._split(t, front, decision.inner) for t in (gradient, *kept))
-            for expression, use in uses.items():
-                own, parts = parts[: len(use.keep)], parts[len(use.keep) :]
-                self._arrived(expression, use.form(gradient, *own))
+            for expression, form, count in forms:
+                own, parts = parts[:count], parts[count:]
+                self._arrived(expression, form(gradient, *own))
 
         return self._tap(result, receive, uses, kept)
 
@@ -160,12 +163,12 @@ class Trace(Watch):
         if not self._fits(result, front, key, decision.inner):
             self.unplanned = True
             return result
-        shape = expression.tensor.shape
-        padded = [1] * (result.dim() - len(shape)) + list(shape)
+        shape, rank = expression.tensor.shape, result.dim()
+        padded = [1] * (rank - len(shape)) + list(shape)
 
         def receive(gradient: Tensor) -> None:
             gradient = self._split(gradient, front, decision.inner)
-            if gradient.dim() == result.dim():  # one entry an example
+            if gradient.dim() == rank:  # one entry an example
                 gradient = gradient.unsqueeze(front + 1)
             gradient = gradient.sum_to_size(self.n, *padded)
             self._arrived(expression, Dense(gradient.reshape(self.n, *shape)))
