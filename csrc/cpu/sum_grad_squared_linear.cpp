@@ -25,55 +25,31 @@ void add_products(const LinearLayer<T>& q) {
   std::unique_ptr<C[]> memory(new C[g_size + a_size + 2 * line]);
   C* a_panel = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
   C* g_panel = a_panel + (a_size + line - 1) / line * line;
-  std::vector<C> a_scales, g_scales;
+  std::vector<C> a_units(q.I), g_units(q.O);
 
   const auto add = [&](Factor factor, C* target) {
     const bool square = factor == Factor::square;
-    FactorWork<T> work{
-        q.a,
-        q.g,
-        q.B,
-        q.O,
-        q.I,
-        factor,
-        square ? a_scales.data() : nullptr,
-        square ? g_scales.data() : nullptr,
-        q.moments.weights,
-        a_panel,
-        g_panel,
-        0,
-        0};
+    FactorWork<T> work{q.a,     q.g,     q.B, q.O, q.I, factor, q.moments.weights, a_units.data(), g_units.data(),
+                       a_panel, g_panel, 0,   0};
     torch::stable::parallel_for(0, g_strips + a_strips, grain(q.B * NR), [&](int64_t begin, int64_t end) {
       FactorWork<T> part = work;
       part.begin = begin;
       part.end = end;
       on_best_simd(part);
     });
-    if (square) {
-      for (C& scale : a_scales) scale = 1 / scale;
-      for (C& scale : g_scales) scale = 1 / scale;
-    }
     PackedProducts<T> products{
         Moments<C>{target, nullptr, nullptr, q.moments.scale, false},
         a_panel,
         g_panel,
-        work.a_scales,
-        work.g_scales,
+        square ? work.a_units : nullptr,
+        square ? work.g_units : nullptr,
         q.B,
         q.O,
         q.I};
     add_linear_tiles<C>(products, q.B, 0, 0);
   };
 
-  if (q.moments.absolute) {
-    add(Factor::magnitude, q.moments.out);
-  } else {
-    a_scales.resize(q.I);
-    g_scales.resize(q.O);
-    column_scales(q.a, static_cast<const C*>(nullptr), q.B, q.I, a_scales.data());
-    column_scales(q.g, q.moments.weights, q.B, q.O, g_scales.data());
-    add(Factor::square, q.moments.out);
-  }
+  add(q.moments.absolute ? Factor::magnitude : Factor::square, q.moments.out);
   if (q.moments.first) add(Factor::value, q.moments.first);
 }
 

@@ -77,11 +77,13 @@ struct LinearLayer {
   }
 };
 
+constexpr int64_t STRIPS = 4;  // packed together: a row's visit is worth more than one cache line
+
 // For each column over B examples, the power of two that brings its largest magnitude, times the root of the example's
 // weight, near 1; 1 where that is 0 or not finite.
 template <class T>
-UNLEARN_CLONED void column_scales(
-    const Operand<T>& x, const compute_t<T>* weights, int64_t B, int64_t columns, compute_t<T>* scales) {
+UNLEARN_INLINE void column_scales(
+    const Operand<T>& x, int64_t B, int64_t c0, int64_t columns, const compute_t<T>* weights, compute_t<T>* scales) {
   using C = compute_t<T>;
   std::fill(scales, scales + columns, C(0));
   const auto add = [&](const T* row, int64_t stride, C root) UNLEARN_INLINED {
@@ -92,7 +94,7 @@ UNLEARN_CLONED void column_scales(
     }
   };
   for (int64_t b = 0; b < B; ++b) {
-    const T* row = x.data + b * x.stride_b;
+    const T* row = x.data + b * x.stride_b + c0 * x.stride_c;
     const C root = weights ? std::sqrt(weights[b] < 0 ? -weights[b] : weights[b]) : C(1);
     if (x.stride_c == 1) {
       add(row, 1, root);
@@ -110,56 +112,69 @@ UNLEARN_CLONED void column_scales(
 // What a factor becomes before the product: itself, its magnitude, or its square.
 enum class Factor { value, magnitude, square };
 
-// Packs strip number `strip` of an operand over all examples.
+// Packs strips [strip, strip + strips) of an operand over all examples. Squares are scaled; `units` takes the inverse
+// scales.
 template <int64_t width, class T>
 UNLEARN_INLINE void pack_factors(
-    const Operand<T>& x, int64_t B, int64_t columns, int64_t strip, Factor factor, const compute_t<T>* scales,
-    const compute_t<T>* weights, compute_t<T>* panel) {
+    const Operand<T>& x, int64_t B, int64_t columns, int64_t strip, int64_t strips, Factor factor,
+    const compute_t<T>* weights, compute_t<T>* units, compute_t<T>* panel) {
   using C = compute_t<T>;
-  const int64_t c0 = strip * width, count = std::min(width, columns - c0);
+  const int64_t c0 = strip * width, count = std::min(strips * width, columns - c0);
+  C scales[STRIPS * width];
+  std::fill(scales, scales + STRIPS * width, C(1));
+  if (factor == Factor::square) {
+    column_scales(x, B, c0, count, weights, scales);
+    for (int64_t c = 0; c < count; ++c) units[c0 + c] = 1 / scales[c];
+  }
   panel += strip * B * width;
   for (int64_t b = 0; b < B; ++b, panel += width) {
     const T* row = x.data + b * x.stride_b + c0 * x.stride_c;
     const C weight = weights ? weights[b] : C(1);
-    C values[width];
-    if (x.stride_c == 1 && count == width) {
-      for (int64_t c = 0; c < width; ++c) values[c] = load(row[c]);
-    } else {
-      for (int64_t c = 0; c < width; ++c) values[c] = c < count ? load(row[c * x.stride_c]) : C(0);
-    }
-    if (factor == Factor::value) {
-      for (int64_t c = 0; c < width; ++c) panel[c] = weight * values[c];
-    } else if (factor == Factor::magnitude) {
-      for (int64_t c = 0; c < width; ++c) panel[c] = weight * (values[c] < 0 ? -values[c] : values[c]);
-    } else {  // the weight goes between: with it both factors are near 1
-      for (int64_t c = 0; c < width; ++c) {
-        const C scaled = values[c] * (c < count ? scales[c0 + c] : C(1));
-        panel[c] = scaled * weight * scaled;
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t s0 = s * width;
+      C* target = panel + s0 * B;
+      C values[width];
+      if (x.stride_c == 1 && count >= s0 + width) {
+        for (int64_t c = 0; c < width; ++c) values[c] = load(row[s0 + c]);
+      } else {
+        for (int64_t c = 0; c < width; ++c) values[c] = s0 + c < count ? load(row[(s0 + c) * x.stride_c]) : C(0);
+      }
+      if (factor == Factor::value) {
+        for (int64_t c = 0; c < width; ++c) target[c] = weight * values[c];
+      } else if (factor == Factor::magnitude) {
+        for (int64_t c = 0; c < width; ++c) target[c] = weight * (values[c] < 0 ? -values[c] : values[c]);
+      } else {  // the weight goes between: with it both factors are near 1
+        for (int64_t c = 0; c < width; ++c) {
+          const C scaled = values[c] * scales[s0 + c];
+          target[c] = scaled * weight * scaled;
+        }
       }
     }
   }
 }
 
-// Strips [begin, end) of both operands, the strips of g first; `scales` and `weights` may be null.
+// Strips [begin, end) of both operands, the strips of g first; `weights` may be null.
 template <class T>
 struct FactorWork {
   using C = compute_t<T>;
   Operand<T> a, g;
   int64_t B, O, I;
   Factor factor;
-  const C *a_scales, *g_scales, *weights;
-  C *a_panel, *g_panel;
+  const C* weights;
+  C *a_units, *g_units, *a_panel, *g_panel;
   int64_t begin, end;
 
   template <int BYTES, int MR>
   UNLEARN_INLINE void run() const {
+    constexpr int64_t NR = 2 * BYTES / sizeof(C);
     const int64_t g_strips = (O + MR - 1) / MR;
-    for (int64_t strip = begin; strip < end; ++strip) {
-      if (strip < g_strips) {
-        pack_factors<MR>(g, B, O, strip, factor, g_scales, weights, g_panel);
-      } else {
-        pack_factors<2 * BYTES / sizeof(C)>(a, B, I, strip - g_strips, factor, a_scales, (const C*)nullptr, a_panel);
-      }
+    for (int64_t strip = begin, next; strip < std::min(end, g_strips); strip = next) {
+      next = std::min({strip + STRIPS, end, g_strips});
+      pack_factors<MR>(g, B, O, strip, next - strip, factor, weights, g_units, g_panel);
+    }
+    for (int64_t strip = std::max(begin, g_strips), next; strip < end; strip = next) {
+      next = std::min(strip + STRIPS, end);
+      pack_factors<NR>(a, B, I, strip - g_strips, next - strip, factor, (const C*)nullptr, a_units, a_panel);
     }
   }
 };
@@ -208,10 +223,11 @@ struct PackedProducts {
       for (int64_t i = 0; i < count; ++i) out[i] += moments.scale * sum[i];
       return;
     }
-    const C g_unit = g_units[tile.o0 + row];
+    const C g_unit = g_units[tile.o0 + row], largest = std::numeric_limits<C>::max();
     for (int64_t i = 0; i < count; ++i) {
-      const C unit = g_unit * a_units[i0 + i];  // may be infinite
-      out[i] += sum[i] == 0 ? C(0) : moments.scale * (sum[i] * unit * unit);
+      const C product = g_unit * a_units[i0 + i];
+      const C unit = product > largest ? largest : product;  // finite, so that 0 stays 0; vectors have no branch for it
+      out[i] += moments.scale * (sum[i] * unit * unit);
     }
   }
 };
