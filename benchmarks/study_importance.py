@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from study_importance_plots import draw_agreement, draw_forgetting, draw_layers
-from study_importance_tables import USUAL, fill, regions
+from study_importance_tables import USUAL, regions
+from study_page import fill
 from torch import Tensor, nn
 
 from unlearn_fast import Importance, dampen_, info

@@ -1,6 +1,5 @@
 """What benchmarks/study_importance.py found, as Markdown: every number in docs/importance_study.md comes from here."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,15 +18,6 @@ def regions(results: dict[str, Any]) -> dict[str, str]:
         "forgetting": _forgetting(results, "runs"),
         "unsmoothed": _forgetting(results, "unsmoothed"),
     }
-
-
-def fill(page: str, texts: dict[str, str]) -> str:
-    """The page with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
-    for name, text in texts.items():
-        page, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{text}\n\g<2>", page, flags=re.S)
-        if found != 1:
-            raise ValueError(f"the page has {found} regions {name!r}: it must have one")
-    return page
 
 
 Curve = Sequence[dict[str, float] | None]  # a point an alpha; None where the model was lost at a larger one

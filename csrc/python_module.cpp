@@ -1,10 +1,11 @@
-// pybind11: build information, CPU features, and over numpy buffers (no torch tensor is made) the dampening loop, and
-// exp as the row kernels compute it, whose accuracy the tests check.
+// pybind11: build information, CPU features, advice on memory, and over numpy buffers (no torch tensor is made) the
+// dampening loop, and exp as the row kernels compute it, whose accuracy the tests check.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "cpu/dampen.h"
 #include "cpu/exp.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 
@@ -80,6 +81,12 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Build information, CPU features and the numpy door of unlearn_fast.";
   m.def("build_info", &build_info, "Compiler and CUDA architectures of this build.");
   m.def("simd", &simd, "The instruction set that the CPU kernels run on here: avx512, avx2 or baseline.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, int64_t bytes) {
+        unlearn::advise_huge_pages(reinterpret_cast<const void*>(address), bytes);
+      },
+      "Asks for huge pages under memory that nobody has touched.");
   m.def("dampen", &dampen_buffers, "Dampens one contiguous numpy array in place; returns its four counts.");
   m.def("exponentials", &exponentials_of_buffer, "exp of a contiguous numpy array, for x up to 1, in place.");
 }

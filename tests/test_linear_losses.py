@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import unlearn_fast
 from unlearn_fast import reference
+from unlearn_fast.ops import _chunks
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 NPO, DPO = (next(x for x in LOSSES if x.name == name) for name in ("npo_loss", "dpo_loss"))
@@ -53,13 +54,54 @@ def test_floating_point_operations(loss, chunk_rows):
     assert flops(lambda: ours(loss, inputs, **options)) == product + teacher
 
 
-def test_a_sequence_in_pieces_computes_all_but_one_twice():
-    loss = LOSSES[0]
+def one_sequence(loss: Loss) -> dict:
+    """Of each side, with six labelled tokens."""
     inputs = hidden_inputs(loss)
-    inputs["labels"] = make_labels("", 37, torch.Generator(), [6])
-    inputs["hidden"] = inputs["hidden"][:1]
+    for prefix in loss.sides:
+        inputs[f"{prefix}labels"] = make_labels(prefix, 37, torch.Generator(), [6])
+        inputs[f"{prefix}hidden"] = inputs[f"{prefix}hidden"][:1]
+    return inputs | {name: inputs[name][:1] for name in loss.constants}
+
+
+@pytest.mark.parametrize(
+    ("loss", "twice"),
+    [(x, {"npo_loss": 4, "simnpo_loss": 4, "dpo_loss": 10}.get(x.name, 8 if x is FLAT else 0)) for x in LOSSES],
+    ids=lambda x: getattr(x, "title", None),
+)
+def test_a_sequence_in_pieces(loss, twice):
+    """Pieces of two rows. All but the last are computed twice where a row's gradient needs the sequence's value, which
+    is of both sides for DPO, and of one for FLAT."""
+    if loss.teacher:
+        pytest.skip("a teacher's sequences have logits of their own besides")
+    inputs = one_sequence(loss)
     count = flops(lambda: backward(loss, leaves(inputs), chunk_bytes=2 * 37 * 8))
-    assert count == (3 * 6 + 4) * 2 * 37 * 6  # three pieces of two rows
+    assert count == (3 * rows(loss, inputs) + twice) * 2 * 37 * 6
+
+
+def test_the_logits_of_a_teacher_in_pieces_are_computed_once():
+    loss = next(x for x in LOSSES if x.teacher)
+    inputs = one_sequence(loss) | {"teacher_hidden": hidden_inputs(loss)["teacher_hidden"][:1]}
+    count = flops(lambda: backward(loss, leaves(inputs), chunk_bytes=2 * 37 * 16))
+    assert count == 6 * 2 * 37 * (3 * 6 + 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({"chunk_bytes": 999}, 9),
+        ({"chunk_bytes": 1}, 1),
+        ({"N": 2048}, 128),  # a sixteenth
+        ({"N": 16_000}, 1000),
+        ({"N": 100}, 128),  # the least that products run well with
+        ({"N": 2048, "together": 300}, 300),  # a sequence as a whole
+        ({"N": 2048, "row_bytes": 1 << 20}, 64),  # 64 MiB
+        ({"N": 1, "row_bytes": 1 << 30}, 1),
+        ({"N": 1 << 20, "row_bytes": 1 << 10, "device": "cuda"}, 768 << 10),
+    ],
+)
+def test_rows_a_chunk(given, rows):
+    given = {"chunk_bytes": None, "row_bytes": 100, "N": 0, "device": "cpu"} | given
+    assert _chunks.rows_a_chunk(**given | {"device": torch.device(given["device"])}) == rows
 
 
 # Memory
@@ -84,24 +126,24 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [x for x in LOSSES if not x.teacher], ids=lambda loss: loss.title)
 @pytest.mark.parametrize("chunk_rows", [7, 12])
 def test_the_logits_never_exist(loss, chunk_rows):
-    """V = 5000, H = 6: a row of logits is as large as the hidden states of 833."""
-    inputs = leaves(hidden_inputs(loss, torch.float32, V=5000))
+    """V = 4992, H = 6: a row of logits is as large as the hidden states of 832, and ends with a cache line."""
+    inputs = leaves(hidden_inputs(loss, torch.float32, V=4992))
     with Allocations() as seen:
-        backward(loss, inputs, chunk_bytes=chunk_rows * 5000 * 4)
+        backward(loss, inputs, chunk_bytes=chunk_rows * 4992 * 4)
     known = {x.untyped_storage().data_ptr() for x in inputs.values()}
     weight = inputs["weight"].nbytes
     made = sorted((n for pointer, n in seen.sizes.items() if pointer not in known), reverse=True)
-    assert made[0] <= max(chunk_rows * 5000 * 4, weight)
+    assert made[0] <= max(chunk_rows * 4992 * 4, weight)
     # one gradient of the weight and one buffer (the released form: of each side), and no other of half their size
-    assert sum(n >= 4 * 5000 * 4 for n in made) <= (5 if loss is OFFICIAL else 2)
+    assert sum(n >= 4 * 4992 * 4 for n in made) <= (5 if loss is OFFICIAL else 2)
 
 
 def test_the_buffer_is_no_larger_than_the_labelled_rows():
-    inputs = hidden_inputs(NPO, torch.float32, V=5000)
+    inputs = hidden_inputs(NPO, torch.float32, V=4992)
     with torch.no_grad(), Allocations() as seen:
         ours(NPO, inputs)
     known = {x.untyped_storage().data_ptr() for x in inputs.values()}
-    assert max(n for p, n in seen.sizes.items() if p not in known) == rows(NPO, inputs) * 5000 * 4
+    assert max(n for p, n in seen.sizes.items() if p not in known) == rows(NPO, inputs) * 4992 * 4
 
 
 # Gradients
@@ -242,8 +284,24 @@ def test_float32_sums_of_a_16_bit_weight(dtype):
     assert errors[torch.float32] < 0.3 * errors[None] < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_blocks_of_the_vocabulary(dtype, bias, monkeypatch):
+    """V = 37 is no multiple of a block, nor of a cache line."""
+    inputs = hidden_inputs(FLAT, dtype)
+    if not bias:
+        del inputs["bias"]
+    options = {"chunk_bytes": 5 * 37 * dtype.itemsize}
+    expected = with_gradients(functools.partial(ours, FLAT), inputs, **options)
+    monkeypatch.setattr("unlearn_fast.ops._chunks.LOGITS_BLOCK_BYTES", 5 * 8 * dtype.itemsize)
+    monkeypatch.setattr("unlearn_fast.ops._chunks.GRADIENT_BLOCK", 10)
+    results = with_gradients(functools.partial(ours, FLAT), inputs, **options)
+    rtol = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(results, expected, rtol=rtol, atol=rtol * 0.1)
+
+
 def test_a_product_larger_than_the_scratch(monkeypatch):
-    monkeypatch.setattr("unlearn_fast.losses.linear.SCRATCH_BYTES", 1000)
+    monkeypatch.setattr("unlearn_fast.ops._chunks.SCRATCH_BYTES", 1000)
     inputs = hidden_inputs(FLAT, torch.bfloat16)
     options = {"chunk_bytes": 4 * 37 * 2}
     expected = with_gradients(functools.partial(ours, FLAT), inputs, weight_grad_dtype=torch.float32, **options)
@@ -261,7 +319,7 @@ def test_chunks_with_ignored_rows(loss, chunk_rows, monkeypatch):
     """The other selection of rows, which never asks the device what is labelled."""
     inputs, options = hidden_inputs(loss), {"chunk_bytes": chunk_rows * 37 * 8}
     expected = with_gradients(functools.partial(ours, loss), inputs)
-    monkeypatch.setattr("unlearn_fast.losses.linear._only_labelled_rows", lambda _: False)
+    monkeypatch.setattr("unlearn_fast.ops._chunks.only_labelled_rows", lambda _: False)
     for prefix in loss.sides:
         next_labels = inputs[f"{prefix}labels"].roll(-1, 1)
         next_labels[:, -1] = IGNORE

@@ -1,6 +1,7 @@
-"""The study of importances: its own arithmetic, a run of seconds, and a page that holds the numbers of the record."""
+"""The studies: their own arithmetic, runs of seconds, and pages that hold the numbers of their records."""
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,17 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return study_importance
 
 
-def test_page_holds_the_numbers_of_the_record(study: ModuleType) -> None:
+@pytest.fixture
+def memory_study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import study_flat_memory
+
+    return study_flat_memory
+
+
+@pytest.mark.parametrize("name", ["study", "memory_study"])
+def test_page_holds_the_numbers_of_the_record(name: str, request: pytest.FixtureRequest) -> None:
+    study = request.getfixturevalue(name)
     page, record = ROOT / study.PAGE, ROOT / study.RESULTS
     assert study.fill(page.read_text(), study.regions(json.loads(record.read_text()))) == page.read_text()
 
@@ -77,3 +88,17 @@ def test_quick_run(study: ModuleType, tmp_path: Path) -> None:
     # The forgotten digit is one class, which sorting by class leaves in its order; the retained ones cancel less.
     assert shuffled["scale"]["f"] == by_class["scale"]["f"] < 1
     assert shuffled["scale"]["r"] < by_class["scale"]["r"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_quick_run_of_the_memory_study(memory_study: ModuleType, tmp_path: Path) -> None:
+    memory_study.main(["--quick", "--root", str(tmp_path)])
+    results = json.loads((tmp_path / memory_study.RESULTS).read_text())
+    peaks, logits = results["peak_bytes"], results["logits_bytes"][-1]
+    page = (tmp_path / memory_study.PAGE).read_text()
+    assert page == memory_study.fill(page, memory_study.regions(results))
+    assert (tmp_path / memory_study.IMAGE).read_bytes().startswith(b"\x89PNG")
+    assert peaks["released"][-1] > 1.8 * logits, "the logits' softmax, and what becomes of it"
+    assert logits < peaks["ours, from logits"][-1] < 1.5 * logits
+    assert peaks["ours"][-1] < logits

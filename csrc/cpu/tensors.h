@@ -6,13 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <optional>
 
+#include "cpu/pages.h"
 #include "cpu/scalar.h"
 
 namespace unlearn {
@@ -98,18 +94,8 @@ class RowOffsets {
 // Elements a thread should at least get, so that waking it pays.
 constexpr int64_t GRAIN = 32768;
 
-// Fresh memory costs a page fault every 4 KiB, more than the loop that fills it; huge pages make that one in 2 MiB.
-// A hint only: where it is refused nothing is lost.
 inline void advise_huge_pages(const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t huge = uintptr_t(1) << 21, page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-  const uintptr_t end = begin + fresh.numel() * fresh.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (last > first && last - first >= 2 * huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)fresh;
-#endif
+  advise_huge_pages(fresh.const_data_ptr(), fresh.numel() * fresh.element_size());
 }
 
 }  // namespace unlearn

@@ -88,6 +88,10 @@ class Case:
         """What else to tell about the case, ready for JSON."""
         return {}
 
+    def remarks(self, peaks: Mapping[str, int]) -> list[str]:
+        """Lines to stand below the case's table; `peaks` are bytes beyond the inputs, by implementation."""
+        return []
+
     def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
         """Whether the results are right: those of every implementation are asked before it is timed."""
         wrong_by, allowed = error(results, exact), TOLERANCE[self.dtype]

@@ -27,6 +27,7 @@ def smallest() -> list[Case]:
     """Seconds for all of them; large enough for every code path, too small for the timings to mean much."""
     return [
         *tokens.smallest(),
+        *linear.smallest(),
         sum_grad_squared_linear(2, 8, 16, 24),
         sum_grad_squared_embedding(2, 40, 16, 30),
         sum_grad_squared_scale(3, 40, 16),
@@ -34,8 +35,6 @@ def smallest() -> list[Case]:
         sum_grad_squared_conv(2, 3, 8, size=9, kernel=3, stride=2),
         dampen(20_000, share=0.5),
         dampen(20_000, share=0.001),
-        linear.linear_flat_loss(2, 9, 16, 1000, FLOAT32),
-        linear.linear_cross_entropy(12, 16, 1000, FLOAT32),
         *fisher.smallest(),
     ]
 
@@ -44,6 +43,7 @@ def full() -> list[Case]:
     """The standard shapes."""
     return [
         *tokens.full(),
+        *linear.full(),
         sum_grad_squared_linear(8, 128, 512, 1536),
         sum_grad_squared_embedding(16, 512, 768, 50_257),
         sum_grad_squared_scale(16, 512, 1024),
@@ -53,8 +53,6 @@ def full() -> list[Case]:
         sum_grad_squared_conv(32, 512, 512, size=4, kernel=3),
         dampen(32_000_000, share=0.5),
         dampen(32_000_000, share=0.001),
-        *(linear.linear_flat_loss(8, 129, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
-        *(linear.linear_cross_entropy(2048, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
         *fisher.full(),
     ]
 

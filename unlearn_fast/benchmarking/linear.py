@@ -1,10 +1,13 @@
 """The cases of losses from hidden states and the lm_head: their yardstick is the three matrix products alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import unlearn_fast
 from unlearn_fast import reference
@@ -18,10 +21,30 @@ from unlearn_fast.benchmarking.case import (
     Results,
     Run,
     Verdict,
+    compiled,
     forward_backward,
     in_float64,
     normal,
 )
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SIDES = ("template_hidden", "template_labels", "forget_hidden", "forget_labels")
+
+
+def smallest() -> list[Case]:
+    return [
+        linear_flat_loss(2, 9, 16, 1000, FLOAT32),
+        linear_cross_entropy(12, 16, 1000, FLOAT32),
+        linear_token_logprobs(12, 16, 1000),
+    ]
+
+
+def full() -> list[Case]:
+    return [
+        *(linear_flat_loss(8, 129, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
+        *(linear_cross_entropy(2048, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
+        linear_token_logprobs(1024, 1024, 32_000),
+    ]
 
 
 @dataclass(frozen=True)
@@ -29,10 +52,21 @@ class LossCase(Case):
     """Errors are of whole tensors, in norm: a 16-bit gradient of the weight has elements that cancel nearly to 0, next
     to which the rounding of their terms is large."""
 
+    logits_bytes: int = 0  # of all rows
+    result_bytes: int = 0  # of the gradients, which every implementation gives
+
     def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
         wrong_by = max(_error_in_norm(*pair) for pair in zip(results, exact, strict=True))
         allowed = TOLERANCE[self.dtype]
         return Verdict(wrong_by, "" if wrong_by <= allowed else f"wrong by {wrong_by:.1e}, allowed is {allowed:.0e}")
+
+    def facts(self) -> dict[str, Any]:
+        return {"logits_bytes": self.logits_bytes, "result_bytes": self.result_bytes}
+
+    def remarks(self, peaks: Mapping[str, int]) -> list[str]:
+        beyond = {name: peak - self.result_bytes for name, peak in peaks.items()}
+        told = (f"{name} {size >> 20} MiB ({size / self.logits_bytes:.1%})" for name, size in beyond.items())
+        return [f"memory beyond the gradients (and over that of all logits): {', '.join(told)}"] if beyond else []
 
 
 def _error_in_norm(result: Tensor | None, exact: Tensor | None) -> float:
@@ -44,7 +78,7 @@ def _error_in_norm(result: Tensor | None, exact: Tensor | None) -> float:
 
 def linear_flat_loss(B: int, T: int, H: int, V: int, dtype: torch.dtype) -> Case:
     """Template and forget answers of T tokens each, all but the first of them labelled."""
-    sides = ("template_hidden", "template_labels", "forget_hidden", "forget_labels")
+    names = (*SIDES, "weight")
     return _case(
         "linear_flat_loss",
         f"2 x [{B}, {T}, {H}] x [{V}, {H}]",
@@ -52,16 +86,58 @@ def linear_flat_loss(B: int, T: int, H: int, V: int, dtype: torch.dtype) -> Case
         2 * B * (T - 1),
         H,
         V,
-        inputs=lambda g: {
-            "template_hidden": normal(g, B, T, H, dtype=dtype, requires_grad=True),
-            "template_labels": torch.randint(V, (B, T), generator=g),
-            "forget_hidden": normal(g, B, T, H, dtype=dtype, requires_grad=True),
-            "forget_labels": torch.randint(V, (B, T), generator=g),
-        },
-        ours=forward_backward(_ours_flat, *sides, "weight"),
-        specified=forward_backward(_reference_flat, *sides, "weight"),
-        others={"chunked torch": forward_backward(rivals.chunked_linear_flat_loss, *sides, "weight")},
+        inputs=lambda g: _answers(B, T, H, V, dtype, g),
+        ours=forward_backward(unlearn_fast.linear_flat_loss, *names),
+        specified=forward_backward(reference.linear_flat_loss, *names),
+        others={"chunked torch": forward_backward(rivals.chunked_linear_flat_loss, *names)},
     )
+
+
+def flat_memory(B: int, T: int, H: int, V: int, dtype: torch.dtype) -> Case:
+    """The released FLAT of hidden states: each implementation makes the logits, as many as it needs."""
+    names = (*SIDES, "weight")
+    official = {"formulation": "official"}
+    return _case(
+        "flat_memory",
+        f"2 x [{B}, {T}, {H}] x [{V}, {H}]",
+        dtype,
+        2 * B * (T - 1),
+        H,
+        V,
+        inputs=lambda g: _answers(B, T, H, V, dtype, g),
+        ours=forward_backward(unlearn_fast.linear_flat_loss, *names, **official),
+        specified=forward_backward(reference.linear_flat_loss, *names, **official),
+        others={
+            "ours, from logits": forward_backward(partial(_of_logits, _our_flat_loss), *names),
+            "torch.compile": forward_backward(compiled(partial(_of_logits, rivals.released_flat_loss)), *names),
+            "released": forward_backward(partial(_of_logits, rivals.released_flat_loss), *names),
+        },
+    )
+
+
+def _answers(B: int, T: int, H: int, V: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    def hidden() -> Tensor:
+        return normal(generator, B, T, H, dtype=dtype, requires_grad=True)
+
+    def labels() -> Tensor:
+        return torch.randint(V, (B, T), generator=generator)
+
+    return dict(zip(SIDES, (hidden(), labels(), hidden(), labels()), strict=True))
+
+
+def _of_logits(
+    loss: Any,
+    template_hidden: Tensor,
+    template_labels: Tensor,
+    forget_hidden: Tensor,
+    forget_labels: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    return loss(linear(template_hidden, weight), template_labels, linear(forget_hidden, weight), forget_labels)
+
+
+def _our_flat_loss(*arguments: Tensor) -> Tensor:
+    return unlearn_fast.flat_loss(*arguments, formulation="official", inplace_backward=True)
 
 
 def linear_cross_entropy(N: int, H: int, V: int, dtype: torch.dtype) -> Case:
@@ -80,9 +156,29 @@ def linear_cross_entropy(N: int, H: int, V: int, dtype: torch.dtype) -> Case:
             "hidden": normal(g, N, H, dtype=dtype, requires_grad=True),
             "labels": torch.randint(V, (N,), generator=g),
         },
-        ours=forward_backward(_ours_cross_entropy, *names),
-        specified=forward_backward(_reference_cross_entropy, *names),
+        ours=forward_backward(unlearn_fast.linear_cross_entropy, *names),
+        specified=forward_backward(reference.linear_cross_entropy, *names),
         others=others,
+    )
+
+
+def linear_token_logprobs(N: int, H: int, V: int) -> Case:
+    names = ("hidden", "weight", "labels")
+    return _case(
+        "linear_token_logprobs",
+        f"[{N}, {H}] x [{V}, {H}]",
+        FLOAT32,
+        N,
+        H,
+        V,
+        inputs=lambda g: {
+            "hidden": normal(g, N, H, requires_grad=True),
+            "labels": torch.randint(V, (N,), generator=g),
+            "grad": normal(g, N),
+        },
+        ours=forward_backward(unlearn_fast.linear_token_logprobs, *names),
+        specified=forward_backward(reference.linear_token_logprobs, *names),
+        others={"torch.compile": forward_backward(compiled(rivals.eager_linear_token_logprobs), *names)},
     )
 
 
@@ -118,20 +214,6 @@ def _case(
         rivals={"reference": specified, **others},
         yardsticks={"three bare products": products},
         cost=Cost("three products: logits, gradients of hidden and weight: 6 N H V", flops=6 * N * H * V),
+        logits_bytes=N * V * dtype.itemsize,
+        result_bytes=(N + V) * H * dtype.itemsize,
     )
-
-
-def _ours_flat(*arguments: Tensor) -> Tensor:
-    return unlearn_fast.linear_flat_loss(*arguments)
-
-
-def _reference_flat(*arguments: Tensor) -> Tensor:
-    return reference.linear_flat_loss(*arguments)
-
-
-def _ours_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return unlearn_fast.linear_cross_entropy(hidden, weight, labels)
-
-
-def _reference_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return reference.linear_cross_entropy(hidden, weight, labels)

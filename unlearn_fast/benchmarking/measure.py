@@ -5,13 +5,13 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unlearn_fast.benchmarking import memory
+from unlearn_fast.benchmarking import cases, memory
 from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run, make_inputs
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
@@ -114,7 +114,9 @@ def measure(case: Case, *, cold: bool = True) -> Outcome:
         less = seconds.get(entrant.less, [0.0] * ROUNDS)
         timings[name].seconds = [(own - other) / entrant.units for own, other in zip(seconds[name], less, strict=False)]
         if not entrant.less:
-            timings[name].peaks = [memory.peak_bytes(weighed.name, name) for weighed in case.weighed()]
+            timings[name].peaks = [
+                memory.peak_bytes(partial(cases.find, weighed.name), name) for weighed in case.weighed()
+            ]
     rate, cost = work / statistics.median(seconds["ceiling"]), case.counted()
     return Outcome(case, list(timings.values()), (cost.flops or cost.bytes) / rate, rate)
 

@@ -6,27 +6,30 @@ Right to within some 100 KiB, since the system counts pages in batches.
 import ctypes
 import multiprocessing
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from unlearn_fast.benchmarking import cases
-from unlearn_fast.benchmarking.case import make_inputs
+from unlearn_fast.benchmarking.case import Case, make_inputs
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_MMAP_THRESHOLD = -3  # glibc's
 
 
-def peak_bytes(case: str, entrant: str) -> int | None:
-    """Of the named implementation in the named case; None where the system does not tell (it is not Linux)."""
+def peak_bytes(make_case: Callable[[], Case], entrant: str) -> int | None:
+    """Of the named implementation in the case that `make_case` makes over there, so that it must be picklable.
+
+    None where the system does not tell (it is not Linux).
+    """
     if not _CLEAR_REFS.exists():
         return None
     # The fork server has imported torch and run nothing: its children start at once and share no thread pool with us.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])
+    context.set_forkserver_preload([__name__, "unlearn_fast.benchmarking.cases", "torch._inductor.compile_fx"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, case, entrant, torch.get_num_threads()), daemon=False)
+    process = context.Process(target=_measure, args=(sender, make_case, entrant, torch.get_num_threads()), daemon=False)
     process.start()
     sender.close()
     try:
@@ -37,12 +40,12 @@ def peak_bytes(case: str, entrant: str) -> int | None:
         process.join()
 
 
-def _measure(sender: Connection, case_name: str, entrant_name: str, threads: int) -> None:
+def _measure(sender: Connection, make_case: Callable[[], Case], entrant_name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the check has heard them
     # A fixed threshold: otherwise the allocator keeps large freed blocks as it likes, and the peak varies by as much.
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(_M_MMAP_THRESHOLD, 128 << 10)
-    case = cases.find(case_name)
+    case = make_case()
     entrant = next(e for e in case.entrants() if e.name == entrant_name)
     inputs = make_inputs(case)
     entrant.run(case.warm_up(inputs))

@@ -36,7 +36,8 @@ def text(outcome: Outcome) -> str:
     title = f"{outcome.case.name}  (ceiling {outcome.ceiling * 1e3:.3g} ms at {outcome.rate / 1e9:.3g} {unit})"
     rows = [_row(outcome, timing) for timing in outcome.timings]
     table = info.table(("", f"{'ms':>9}", "ratio", "extra memory", "ceiling"), rows)
-    return "\n  ".join([title, *table])
+    peaks = {t.name: t.peak_bytes for t in outcome.timings if t.peak_bytes is not None and t.kind != "yardstick"}
+    return "\n  ".join([title, *table, *outcome.case.remarks(peaks)])
 
 
 def _row(outcome: Outcome, timing: Timing) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, linear, unfold
+from torch.nn.functional import kl_div, linear, nll_loss, unfold
 from torch.nn.grad import conv2d_weight
 
 
@@ -13,6 +13,11 @@ def eager_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [
     """The whole log-softmax, of which one column a row is kept."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.log_softmax(-1, dtype=dtype).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def released_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """The released FLAT code's form, torch's NLL of the whole softmax, which is -p; its logarithm on top."""
+    return nll_loss(logits.softmax(-1), labels, reduction="none").neg().float().log()
 
 
 def capped_token_logprobs(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:

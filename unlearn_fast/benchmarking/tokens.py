@@ -32,7 +32,6 @@ def smallest() -> list[Case]:
         token_statistics(6, 1000, FLOAT32),
         token_kl(6, 1000, FLOAT32),
         cross_entropy(6, 1000, FLOAT32),
-        linear_token_logprobs(12, 16, 1000),
         flat_loss(2, 9, 1000),
     ]
 
@@ -51,7 +50,6 @@ def full() -> list[Case]:
         token_kl(128, 128_256, FLOAT32),
         token_kl(128, 128_256, BFLOAT16),
         cross_entropy(128, 128_256, BFLOAT16),
-        linear_token_logprobs(1024, 1024, 32_000),
         flat_loss(4, 65, 32_000),
     ]
 
@@ -59,6 +57,7 @@ def full() -> list[Case]:
 def token_logprobs(N: int, V: int, dtype: torch.dtype, *, inplace: bool = False, softcap: float | None = None) -> Case:
     names = ("logits", "labels")
     eager = rivals.capped_token_logprobs if softcap else rivals.eager_token_logprobs
+    released = {} if softcap else {"released softmax, NLL": forward_backward(rivals.released_token_logprobs, *names)}
     options = {"softcap": softcap} if softcap else {}
     variants = [f"softcap {softcap:g}"] if softcap else []
     return Case(
@@ -74,6 +73,7 @@ def token_logprobs(N: int, V: int, dtype: torch.dtype, *, inplace: bool = False,
             "reference": forward_backward(reference.token_logprobs, *names, **options),
             "log_softmax, gather": forward_backward(eager, *names, **options),
             "torch.compile": forward_backward(compiled(eager), *names, **options),
+            **released,
         },
         cost=Cost("forward reads the logits, backward reads them and writes as much", bytes=3 * N * V * dtype.itemsize),
     )
@@ -150,36 +150,6 @@ def cross_entropy(N: int, V: int, dtype: torch.dtype) -> Case:
         },
         cost=Cost("as token_logprobs", bytes=3 * N * V * dtype.itemsize),
     )
-
-
-def linear_token_logprobs(N: int, H: int, V: int) -> Case:
-    names = ("hidden", "weight", "labels")
-    return Case(
-        operator="linear_token_logprobs",
-        shape=f"[{N}, {H}] x [{V}, {H}]",
-        dtype=FLOAT32,
-        inputs=lambda g: {
-            "hidden": normal(g, N, H, requires_grad=True),
-            "weight": (normal(g, V, H) / H**0.5).requires_grad_(),
-            "labels": torch.randint(V, (N,), generator=g),
-            "grad": normal(g, N),
-        },
-        ours=forward_backward(_ours_linear, *names),
-        exact=in_float64(forward_backward(_reference_linear, *names)),
-        rivals={
-            "reference": forward_backward(_reference_linear, *names),
-            "torch.compile": forward_backward(compiled(rivals.eager_linear_token_logprobs), *names),
-        },
-        cost=Cost("three products: logits, gradients of hidden and weight: 6 N H V", flops=6 * N * H * V),
-    )
-
-
-def _ours_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return unlearn_fast.linear_token_logprobs(hidden, weight, labels)
-
-
-def _reference_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return reference.linear_token_logprobs(hidden, weight, labels)
 
 
 def flat_loss(B: int, T: int, V: int) -> Case:

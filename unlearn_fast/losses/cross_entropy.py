@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from unlearn_fast._library import warn_if_slow
 from unlearn_fast.losses.linear import Head, MeanOfSequences, mean_of_sequences
 from unlearn_fast.losses.rows import LabelRows, Rows, SmoothedRows
-from unlearn_fast.ops import _checks
-from unlearn_fast.ops.linear_token_logprobs import DEFAULT_CHUNK_BYTES, linear_token_logprobs
+from unlearn_fast.ops import _checks, _chunks
+from unlearn_fast.ops.linear_token_logprobs import linear_token_logprobs
 
 
 def linear_cross_entropy(
@@ -21,7 +21,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [], or [...] for reduction="none"
     """Cross entropy of the logits input @ linear_weight.T + linear_bias with the targets; the logits are never stored.
@@ -37,7 +37,7 @@ def linear_cross_entropy(
     Args:
         ignore_index: targets that do not count, nor have a gradient.
         label_smoothing: e in [0, 1]; the target distribution is (1 - e) onehot + e / V.
-        chunk_bytes: upper limit of the logits that exist at a time (at least one row).
+        chunk_bytes: upper limit of the logits that exist at a time (at least one row); None: what suits the device.
         weight_grad_dtype: see `LinearOptions`.
     """
     _checks.floating("input", input)
@@ -76,7 +76,7 @@ def _of_each(
     bias: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
 ) -> Tensor:
     if not label_smoothing:
         return -linear_token_logprobs(
@@ -88,8 +88,8 @@ def _of_each(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, y, reduction="none", ignore_index=-1, label_smoothing=label_smoothing)
 
-    size = max(1, chunk_bytes // (len(weight) * 4))
     y = target.reshape(-1).long()
+    size = _chunks.rows_a_chunk(chunk_bytes, len(weight) * 4, len(y), weight.device)
     y = y.masked_fill(y == ignore_index, -1)
     chunks = zip(input.reshape(-1, input.shape[-1]).split(size), y.split(size), strict=True)
     return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).view(target.shape)

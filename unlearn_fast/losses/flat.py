@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from unlearn_fast.losses.divergences import REVERSED, Divergence, Formulation, find_divergence
 from unlearn_fast.losses.forms import LinearOptions, LogitsOptions, Sides, check_sides, mean, plan
-from unlearn_fast.losses.linear import mean_of_sequences
+from unlearn_fast.losses.linear import Unit, mean_of_sequences
 from unlearn_fast.losses.values import per_token
 from unlearn_fast.losses.vocabulary import VocabularyShard
 from unlearn_fast.ops._rows import next_labels
-from unlearn_fast.ops.linear_token_logprobs import DEFAULT_CHUNK_BYTES
 
 
 def flat_loss(
@@ -126,7 +125,7 @@ def linear_flat_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     temperature: float = 1.0,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: VocabularyShard | None = None,
 ) -> Tensor:  # []
@@ -140,13 +139,13 @@ def linear_flat_loss(
     terms = _terms(divergence, formulation)
     options = LinearOptions(bias, ignore_index, softcap, temperature, chunk_bytes, weight_grad_dtype, shard)
     sides = {"template_": (template_hidden, template_labels), "forget_": (forget_hidden, forget_labels)}
-    planned = plan(partial(_pair_values, terms), sides, weight, {}, options)
+    planned = plan(partial(_pair_values, terms), sides, weight, {}, options, Unit.SEQUENCE)
     if formulation == "paper":
         return mean_of_sequences(*planned)
     losses = []
     for term, (prefix, (hidden, labels)) in zip(terms, sides.items(), strict=True):
         share = partial(_summed_share, positions=labels.shape[1] - 1)
-        p = mean_of_sequences(*plan(share, {prefix: (hidden, labels)}, weight, {}, options))
+        p = mean_of_sequences(*plan(share, {prefix: (hidden, labels)}, weight, {}, options, Unit.ROW))
         labelled = (labels[:, 1:] != ignore_index).any()
         losses.append(term(p).masked_fill(~labelled, 0))
     return losses[0] - losses[1]

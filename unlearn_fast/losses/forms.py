@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from unlearn_fast._library import warn_if_slow
-from unlearn_fast.losses.linear import Head, MeanOfSequences, mean_of_sequences
+from unlearn_fast.losses.linear import Head, MeanOfSequences, Unit, mean_of_sequences
 from unlearn_fast.losses.rows import LabelRows, Rows, TeacherRows
 from unlearn_fast.losses.vocabulary import ShardedRows, VocabularyShard
 from unlearn_fast.ops import _checks
 from unlearn_fast.ops._rows import check_scaling, next_labels
-from unlearn_fast.ops.linear_token_logprobs import DEFAULT_CHUNK_BYTES
 from unlearn_fast.ops.token_kl import token_kl
 from unlearn_fast.ops.token_logprobs import token_logprobs
 
@@ -46,7 +45,7 @@ class LinearOptions(NamedTuple):
     ignore_index: int = -100  # label of the tokens that do not count
     softcap: float | None = None  # the logits x are softcap * tanh(x / softcap)
     temperature: float = 1.0  # the logits are divided by it, after the softcap
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES  # upper limit of the logits that exist at a time
+    chunk_bytes: int | None = None  # upper limit of the logits that exist at a time; None: what suits the device
     weight_grad_dtype: torch.dtype | None = None  # sums up a 16-bit weight's gradient: float32, or None, its own dtype
     shard: VocabularyShard | None = None  # what `weight` and `bias` are of a vocabulary that is split over processes
 
@@ -84,10 +83,15 @@ def from_teacher_logits(
 
 
 def from_hidden(
-    values: Values, sides: Sides, weight: Tensor, constants: Constants, options: Mapping[str, Any]
+    values: Values,
+    sides: Sides,
+    weight: Tensor,
+    constants: Constants,
+    options: Mapping[str, Any],
+    unit: Unit = Unit.SEQUENCES,
 ) -> Tensor:  # []
     """`from_logits` of hidden @ weight.T + bias."""
-    return mean_of_sequences(*plan(values, sides, weight, constants, LinearOptions(**options)))
+    return mean_of_sequences(*plan(values, sides, weight, constants, LinearOptions(**options), unit))
 
 
 def from_teacher_hidden(
@@ -103,7 +107,7 @@ def from_teacher_hidden(
     given = LinearOptions(**options)
     if given.shard is not None:
         raise ValueError("shard must be None: losses against a teacher need the whole vocabulary in one process")
-    call, head = plan(values, {"": (hidden, labels)}, weight, {}, given)
+    call, head = plan(values, {"": (hidden, labels)}, weight, {}, given, Unit.ROW)
     (states,) = teacher.hidden
     _checks.floating("teacher_hidden", states)
     if states.shape[:-1] != labels.shape or states.device != hidden.device:
@@ -119,7 +123,12 @@ def from_teacher_hidden(
 
 
 def plan(
-    values: Values, sides: Sides, weight: Tensor, constants: Constants, options: LinearOptions
+    values: Values,
+    sides: Sides,
+    weight: Tensor,
+    constants: Constants,
+    options: LinearOptions,
+    unit: Unit = Unit.SEQUENCES,
 ) -> tuple[MeanOfSequences, Head]:
     """What the engine is asked for, once every argument has been checked."""
     rows: Rows = LabelRows(*options.rows)
@@ -142,6 +151,7 @@ def plan(
         ignore_index=options.ignore_index,
         chunk_bytes=options.chunk_bytes,
         weight_grad_dtype=options.weight_grad_dtype,
+        unit=unit,
         shard=options.shard,
     )
     return call, Head([hidden for hidden, _ in sides.values()], weight, options.bias)

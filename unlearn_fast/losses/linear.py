@@ -5,14 +5,16 @@ sequences are known, their cotangent is known too, and the gradients of hidden s
 at once, in the forward: 6 N H V floating-point operations for N rows, 4 N H V where the weight (or the hidden states)
 is frozen, 2 N H V without gradients. The backward only scales them by the upstream factor.
 
-The logits of all chunks lie in one buffer, where the row operator overwrites them with their gradient: on a CPU, fresh
-memory for each chunk would cost more than the operator. A sequence with more rows than a chunk is computed in pieces,
-whose logits are computed a second time for the gradients, but for the last piece's: up to 8 N H V for such sequences.
+The logits of all chunks lie in one buffer, where the row operator overwrites them with their gradient. A sequence with
+more rows than a chunk is computed in pieces. Where a row's cotangent depends on more than the row (`Unit`), the pieces'
+logits are computed a second time for the gradients, but for the last piece's: up to 8 N H V for such sequences.
 """
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +22,15 @@ from torch import Tensor
 
 from unlearn_fast.losses.rows import Rows
 from unlearn_fast.losses.vocabulary import VocabularyShard
+from unlearn_fast.ops import _chunks
 
-SCRATCH_BYTES = 8 << 20  # of a product that is added to a total of another dtype, block by block: a cache's size
+
+class Unit(Enum):
+    """What has to be known before the derivative in a row's number is."""
+
+    ROW = "the number itself: the value is a sum over rows, whose weights the labels tell"
+    SEQUENCE = "the numbers of its sequence: the value is a sum over sides, 0 for one without a labelled row"
+    SEQUENCES = "the numbers of the sequences of all sides"
 
 
 class Head(NamedTuple):
@@ -42,8 +51,9 @@ class MeanOfSequences:
     constants: Sequence[Tensor]  # [B] each
     divisor: int | Tensor
     ignore_index: int
-    chunk_bytes: int
+    chunk_bytes: int | None
     weight_grad_dtype: torch.dtype | None
+    unit: Unit = Unit.SEQUENCES
     teacher: Head | None = None
     shard: VocabularyShard | None = None
 
@@ -114,156 +124,155 @@ class _Chunk(NamedTuple):
     """Consecutive sequences, and each side's rows in them: a slice, or indices where ignored rows are left out."""
 
     sequences: slice
-    rows: Sequence[Any]
+    rows: Sequence[Any]  # none of the sides that other chunks take
     sizes: Sequence[int]  # how many rows each side has
 
 
-def _only_labelled_rows(labels: Tensor) -> bool:
-    """Whether ignored rows are left out: where asking which they are would not make the CPU wait for a device."""
-    return labels.device.type == "cpu"
+class _Labelled:
+    """Where the rows of each side are."""
 
+    def __init__(self, targets: Sequence[Tensor], ignore_index: int, unit: Unit) -> None:
+        B = targets[0].shape[0]
+        if _chunks.only_labelled_rows(targets[0]):
+            labelled = [t != ignore_index for t in targets]
+            self.kept: list[Any] = [mask.view(-1).nonzero().squeeze(-1) for mask in labelled]
+            self.ends = [[0, *mask.sum(1).cumsum(0).tolist()] for mask in labelled]
+        else:
+            self.kept = [None for _ in targets]
+            self.ends = [[b * t.shape[1] for b in range(B + 1)] for t in targets]
+        every = range(len(targets))
+        self.groups = [every] if unit is Unit.SEQUENCES else [[side] for side in every]  # sides that share chunks
 
-def _chunks(targets: Sequence[Tensor], ignore_index: int, size: int) -> list[_Chunk]:
-    """As many sequences a chunk as have at most `size` rows, but at least one; none for sequences without rows."""
-    B = targets[0].shape[0]
-    if _only_labelled_rows(targets[0]):
-        labelled = [t != ignore_index for t in targets]
-        kept: list[Any] = [mask.view(-1).nonzero().squeeze(-1) for mask in labelled]
-        ends = [[0, *mask.sum(1).cumsum(0).tolist()] for mask in labelled]
-    else:
-        kept = [None for _ in targets]
-        ends = [[b * t.shape[1] for b in range(B + 1)] for t in targets]
-    total = [sum(of_sides) for of_sides in zip(*ends, strict=True)]
-    chunks, start = [], 0
-    while start < B:
-        stop = max(start + 1, bisect_right(total, total[start] + size) - 1)
-        bounds = [slice(end[start], end[stop]) for end in ends]
-        rows = [bound if k is None else k[bound] for k, bound in zip(kept, bounds, strict=True)]
-        if total[stop] > total[start]:
-            chunks.append(_Chunk(slice(start, stop), rows, [bound.stop - bound.start for bound in bounds]))
-        start = stop
-    return chunks
+    @property
+    def rows(self) -> int:
+        return sum(end[-1] for end in self.ends)
+
+    def longest(self) -> int:
+        """Rows of the longest sequence, together with those of the other sides in its chunk."""
+        totals = (self._totals(group) for group in self.groups)
+        return max((after - before for total in totals for before, after in pairwise(total)), default=0)
+
+    def chunks(self, size: int) -> list[_Chunk]:
+        """As many sequences a chunk as have at most `size` rows, but at least one; none for sequences without rows."""
+        found = []
+        for group in self.groups:
+            total, start = self._totals(group), 0
+            while start < len(total) - 1:
+                stop = max(start + 1, bisect_right(total, total[start] + size) - 1)
+                if total[stop] > total[start]:
+                    found.append(self._chunk(slice(start, stop), group))
+                start = stop
+        return found
+
+    def _totals(self, group: Sequence[int]) -> list[int]:
+        return [sum(of_sides) for of_sides in zip(*(self.ends[side] for side in group), strict=True)]
+
+    def _chunk(self, sequences: slice, group: Sequence[int]) -> _Chunk:
+        rows, sizes = [], []
+        for side, (kept, end) in enumerate(zip(self.kept, self.ends, strict=True)):
+            bound = slice(end[sequences.start], end[sequences.stop]) if side in group else slice(0, 0)
+            rows.append(bound if kept is None else kept[bound])
+            sizes.append(bound.stop - bound.start)
+        return _Chunk(sequences, rows, sizes)
 
 
 class _Run:
     """One forward: what is kept from chunk to chunk."""
 
     def __init__(self, call: MeanOfSequences, head: Head, needs: Sequence[bool]) -> None:
-        self.call, self.V, dtype = call, len(head.weight), head.weight.dtype
-        self.heads = [
-            h._replace(hidden=[x.flatten(0, 1) for x in h.hidden]) for h in (head, call.teacher) if h is not None
-        ]
+        self.call, self.needs = call, any(needs)
+        *sides, need_weight, need_bias = needs
+        heads = [h for h in (head, call.teacher) if h is not None]
+        self.hidden = [[x.flatten(0, 1) for x in h.hidden] for h in heads]
         self.targets = [t.reshape(-1) for t in call.targets]
-        self.needs = needs
-        *sides, self.need_weight, self.need_bias = needs
-        self.need_hidden = any(sides)
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        row_bytes = sum(h.weight.element_size() for h in self.heads) * (call.shard.rows if call.shard else self.V)
-        self.size = max(1, call.chunk_bytes // max(1, row_bytes))
-        self.chunks = _chunks(call.targets, call.ignore_index, self.size)
-        longest = min(self.size, max((sum(chunk.sizes) for chunk in self.chunks), default=0))
-        self.buffers = [h.weight.new_empty(longest, self.V) for h in self.heads]
-        self.d_hidden = [
-            torch.zeros_like(x) if need else None for x, need in zip(self.heads[0].hidden, sides, strict=True)
-        ]
-        self.d_weight = head.weight.new_empty(
-            head.weight.shape if self.need_weight else 0, dtype=call.weight_grad_dtype or dtype
+        labelled = _Labelled(call.targets, call.ignore_index, call.unit)
+        V = call.shard.rows if call.shard else len(head.weight)
+        self.size = _chunks.rows_a_chunk(
+            call.chunk_bytes,
+            V * sum(h.weight.element_size() for h in heads),
+            labelled.rows,
+            head.weight.device,
+            together=1 if call.unit is Unit.ROW else labelled.longest(),
         )
-        self.d_bias = head.weight.new_zeros(self.V if self.need_bias else 0, dtype=self.wide)
-        self.fresh = True  # d_weight is not written yet: the first product does it
+        self.chunks = labelled.chunks(self.size)
+        longest = min(self.size, max((sum(chunk.sizes) for chunk in self.chunks), default=0))
+        self.heads = [_chunks.Head(h.weight, h.bias, longest) for h in heads]
+        self.d_hidden = [torch.zeros_like(x) if need else None for x, need in zip(self.hidden[0], sides, strict=True)]
+        self.d_head = _chunks.HeadGradient(
+            head.weight, call.weight_grad_dtype or head.weight.dtype, need_weight=need_weight, need_bias=need_bias
+        )
 
     def result(self) -> tuple[Tensor, list[Tensor | None]]:
-        values = self.d_bias.new_zeros(self.call.targets[0].shape[0])
+        values = self.d_head.bias.new_zeros(self.call.targets[0].shape[0])
         for chunk in self.chunks:
-            values[chunk.sequences] = self.add(chunk)
-        if self.fresh:
-            self.d_weight.zero_()
+            values[chunk.sequences] += self.add(chunk)
         if self.call.shard is not None:
             for d in self.d_hidden:
                 if d is not None:
                     self.call.shard.sum_(d)
-        hidden = [
+        gradients = [
             None if d is None else d.view(*t.shape, d.shape[-1])
             for d, t in zip(self.d_hidden, self.call.targets, strict=True)
         ]
-        return values, [*hidden, self.d_weight if self.need_weight else None, self.d_bias if self.need_bias else None]
+        d_weight, d_bias = self.d_head.finish()
+        gradients += [d_weight if self.d_head.need_weight else None, d_bias if self.d_head.need_bias else None]
+        return values, gradients
 
     def add(self, chunk: _Chunk) -> Tensor:
-        """The values of the chunk's sequences; their gradients are added to the totals."""
+        """What the chunk's rows add to the values of its sequences; their gradients are added to the totals."""
         labels = torch.cat([t[i] for t, i in zip(self.targets, chunk.rows, strict=True)])
-        inputs = [torch.cat([x[i] for x, i in zip(h.hidden, chunk.rows, strict=True)]) for h in self.heads]
-        if not _only_labelled_rows(labels):  # ignored rows are still here, and 0 * NaN would reach the weight
-            ignored = (labels == self.call.ignore_index).unsqueeze(-1)
-            inputs = [x.masked_fill_(ignored, 0) for x in inputs]
-        pieces = [slice(a, min(a + self.size, len(labels))) for a in range(0, len(labels), self.size)]
-        saved = []
-        for piece in pieces:
-            logits = self.products(inputs, piece)
-            saved.append(self.call.rows.forward(labels[piece], *logits))
-        values, grad = self.values_and_cotangent(chunk, torch.cat([numbers for numbers, *_ in saved]))
-        if not any(self.needs):
-            return values
-        d_inputs = torch.empty_like(inputs[0])
-        for piece, stats in zip(reversed(pieces), reversed(saved), strict=True):
-            if piece != pieces[-1]:  # the next piece needed the memory of its logits
-                logits = self.products(inputs, piece)
-            self.call.rows.backward_(grad[piece], labels[piece], stats, *logits)
-            self.add_gradients(logits[0], inputs[0][piece], d_inputs[piece])
-        for total, i, d in zip(self.d_hidden, chunk.rows, d_inputs.split(chunk.sizes), strict=True):
-            if total is not None:
-                total[i] = d
+        inputs = [
+            _chunks.without_ignored(
+                torch.cat([x[i] for x, i in zip(hidden, chunk.rows, strict=True)]), labels, self.call.ignore_index
+            )
+            for hidden in self.hidden
+        ]
+        pieces = _chunks.pieces(len(labels), self.size)
+        numbers = self.d_head.bias.new_full(labels.shape, -1.0)  # of rows to come, any number that is no extreme
+        d_inputs = torch.empty_like(inputs[0]) if any(d is not None for d in self.d_hidden) else None
+        for group in [[piece] for piece in pieces] if self.call.unit is Unit.ROW else [pieces]:
+            saved = []
+            for piece in group:
+                logits = self.logits(inputs, piece)
+                saved.append(self.call.rows.forward(labels[piece], *logits))
+                numbers[piece] = saved[-1][0]
+            values, grad = self.values_and_cotangent(chunk, numbers)
+            if not self.needs:
+                continue
+            for piece, stats in zip(reversed(group), reversed(saved), strict=True):
+                if piece is not group[-1]:  # the next piece needed the memory of its logits
+                    logits = self.logits(inputs, piece)
+                self.call.rows.backward_(grad[piece], labels[piece], stats, *logits)
+                if d_inputs is not None:
+                    torch.mm(logits[0], self.heads[0].weight, out=d_inputs[piece])
+                self.d_head.add(logits[0], inputs[0][piece])
+        if d_inputs is not None:
+            for total, i, d in zip(self.d_hidden, chunk.rows, d_inputs.split(list(chunk.sizes)), strict=True):
+                if total is not None:
+                    total[i] = d
         return values
 
-    def products(self, inputs: Sequence[Tensor], piece: slice) -> list[Tensor]:
-        """Each head's logits of a piece, in its buffer."""
-        logits = [buffer[: piece.stop - piece.start] for buffer in self.buffers]
-        for head, x, out in zip(self.heads, inputs, logits, strict=True):
-            if head.bias is None:
-                torch.mm(x[piece], head.weight.T, out=out)
-            else:
-                torch.addmm(head.bias, x[piece], head.weight.T, out=out)
-        return logits
+    def logits(self, inputs: Sequence[Tensor], piece: slice) -> list[Tensor]:
+        return [head.logits(x[piece]) for head, x in zip(self.heads, inputs, strict=True)]
 
     def values_and_cotangent(self, chunk: _Chunk, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """The values of the chunk's sequences, [b], and the mean's gradient in the rows' numbers."""
-        with torch.set_grad_enabled(any(self.needs)):
-            numbers = numbers.detach().requires_grad_(any(self.needs))
+        with torch.set_grad_enabled(self.needs):
+            numbers = numbers.detach().requires_grad_(self.needs)
             arguments = []
-            for targets, i, part in zip(self.call.targets, chunk.rows, numbers.split(chunk.sizes), strict=True):
+            parts = zip(self.call.targets, chunk.rows, numbers.split(list(chunk.sizes)), strict=True)
+            for targets, i, part in parts:
                 of_chunk = targets[chunk.sequences]
-                if not isinstance(i, slice):
+                labelled = of_chunk != self.call.ignore_index
+                if len(part) == 0:  # nothing is labelled, or other chunks take this side
+                    labelled, part = torch.zeros_like(labelled), part.new_zeros(of_chunk.numel())
+                elif not isinstance(i, slice):
                     i = i - chunk.sequences.start * targets.shape[1]
                     part = part.new_zeros(of_chunk.numel()).index_put((i,), part)
-                arguments += [part.view(of_chunk.shape), of_chunk != self.call.ignore_index]
+                arguments += [part.view(of_chunk.shape), labelled]
             constants = [c[chunk.sequences] for c in self.call.constants]
             values = self.call.values(*arguments, *constants)
-            if not any(self.needs):
+            if not self.needs:
                 return values, numbers
             (grad,) = torch.autograd.grad(values.sum() / self.call.divisor, numbers)
         return values.detach(), grad
-
-    def add_gradients(self, d_logits: Tensor, inputs: Tensor, d_inputs: Tensor) -> None:
-        """d_inputs is written, the others are added to."""
-        if self.need_hidden:
-            torch.mm(d_logits, self.heads[0].weight, out=d_inputs)
-        if self.need_weight:
-            _add_product_(self.d_weight, d_logits.T, inputs, self.fresh)
-            self.fresh = False
-        if self.need_bias:
-            self.d_bias += d_logits.sum(0, dtype=self.wide)
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """total += a @ b, or total = a @ b where its memory is fresh. A product of another dtype is added in blocks."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
-        return
-    size = max(1, SCRATCH_BYTES // (b.shape[1] * b.element_size()))
-    scratch = b.new_empty(min(size, len(a)), b.shape[1])
-    for start in range(0, len(a), size):
-        block, rows = total[start : start + size], a[start : start + size]
-        product = torch.mm(rows, b, out=scratch[: len(rows)])
-        if fresh:
-            block.copy_(product)
-        else:
-            block.add_(product)

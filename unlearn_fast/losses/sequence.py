@@ -18,7 +18,7 @@ from unlearn_fast.losses.forms import (
     from_logits,
     plan,
 )
-from unlearn_fast.losses.linear import values_of_sequences
+from unlearn_fast.losses.linear import Unit, values_of_sequences
 from unlearn_fast.ops._rows import next_labels
 
 
@@ -48,13 +48,13 @@ def linear_gradient_ascent_loss(hidden: Tensor, labels: Tensor, weight: Tensor, 
     """`gradient_ascent_loss` of the logits hidden @ weight.T + bias, which are never stored.
 
     The contract of all linear forms: hidden [B, T, H], weight [V, H] and bias [V] have one dtype. Chunks of whole
-    sequences are computed at a time, at most `chunk_bytes` of logits (a sequence with more is computed in pieces, with
-    some of its logits computed twice), and their gradients in the same pass: 6 N H V floating-point operations for N
-    rows, 4 N H V where weight or hidden states are frozen, 2 N H V without gradients. On the CPU, ignored rows cost
-    nothing. One backward only: the second one is an error. The gradients are computed before the factor that comes from
-    upstream, so that a float16 loss scale would come too late.
+    sequences are computed at a time, at most `chunk_bytes` of logits (a sequence with more is computed in pieces; only
+    NPO, SimNPO, DPO and FLAT then compute some logits twice), and their gradients in the same pass: 6 N H V
+    floating-point operations for N rows, 4 N H V where weight or hidden states are frozen, 2 N H V without gradients.
+    On the CPU, ignored rows cost nothing. One backward only: the second one is an error. The gradients are computed
+    before the factor that comes from upstream, so that a float16 loss scale would come too late.
     """
-    return from_hidden(values.gradient_ascent, {"": (hidden, labels)}, weight, {}, options)
+    return from_hidden(values.gradient_ascent, {"": (hidden, labels)}, weight, {}, options, Unit.ROW)
 
 
 def grad_diff_loss(
@@ -87,7 +87,7 @@ def linear_grad_diff_loss(
 ) -> Tensor:  # []
     """`grad_diff_loss` of the logits hidden @ weight.T + bias; see `linear_gradient_ascent_loss`."""
     sides = {"forget_": (forget_hidden, forget_labels), "retain_": (retain_hidden, retain_labels)}
-    return from_hidden(partial(values.grad_diff, retain_weight=retain_weight), sides, weight, {}, options)
+    return from_hidden(partial(values.grad_diff, retain_weight=retain_weight), sides, weight, {}, options, Unit.ROW)
 
 
 def npo_loss(
@@ -226,7 +226,7 @@ def wga_loss(logits: Tensor, labels: Tensor, *, beta: float = 1.0, **options: An
 
 def linear_wga_loss(hidden: Tensor, labels: Tensor, weight: Tensor, *, beta: float = 1.0, **options: Any) -> Tensor:
     """`wga_loss` of the logits hidden @ weight.T + bias; see `linear_gradient_ascent_loss`."""
-    return from_hidden(partial(values.wga, beta=beta), {"": (hidden, labels)}, weight, {}, options)
+    return from_hidden(partial(values.wga, beta=beta), {"": (hidden, labels)}, weight, {}, options, Unit.ROW)
 
 
 def satimp_loss(
@@ -257,7 +257,8 @@ def linear_satimp_loss(
     **options: Any,
 ) -> Tensor:  # []
     """`satimp_loss` of the logits hidden @ weight.T + bias; see `linear_gradient_ascent_loss`."""
-    return from_hidden(partial(values.satimp, beta1=beta1, beta2=beta2), {"": (hidden, labels)}, weight, {}, options)
+    value = partial(values.satimp, beta1=beta1, beta2=beta2)
+    return from_hidden(value, {"": (hidden, labels)}, weight, {}, options, Unit.ROW)
 
 
 def ceu_loss(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:  # [B, T, V], [B, T] -> []
@@ -273,7 +274,7 @@ def ceu_loss(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:  # [B, T
 
 def linear_ceu_loss(hidden: Tensor, labels: Tensor, weight: Tensor, **options: Any) -> Tensor:
     """`ceu_loss` of the logits hidden @ weight.T + bias; see `linear_gradient_ascent_loss`."""
-    return from_hidden(values.ceu, {"": (hidden, labels)}, weight, {}, options)
+    return from_hidden(values.ceu, {"": (hidden, labels)}, weight, {}, options, Unit.ROW)
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:  # [B, T, V], [B, T] -> [B]

@@ -51,10 +51,10 @@ def lm_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *,
             )
 
 
-def accumulation(chunk_bytes: int, weight_grad_dtype: torch.dtype | None, weight: Tensor) -> None:
+def accumulation(chunk_bytes: int | None, weight_grad_dtype: torch.dtype | None, weight: Tensor) -> None:
     """How much of the logits may exist at a time, and what the gradient of the weight is summed up in."""
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}: it must be at least 1, or None")
     wide = torch.promote_types(weight.dtype, float32)
     if weight_grad_dtype not in (None, weight.dtype, wide):
         choices = dict.fromkeys((weight.dtype, wide))

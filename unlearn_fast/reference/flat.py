@@ -86,7 +86,7 @@ def linear_flat_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     temperature: float = 1.0,
-    chunk_bytes: int = 64 << 20,  # kept for the signature, as the next ones: the reference materialises all logits
+    chunk_bytes: int | None = None,  # kept for the signature, as the next ones: the reference materialises all logits
     weight_grad_dtype: torch.dtype | None = None,
     shard: Any = None,
 ) -> Tensor:  # []

@@ -78,7 +78,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     shift: bool = False,
-    chunk_bytes: int = 64 << 20,  # kept for the signature: the reference materialises all logits
+    chunk_bytes: int | None = None,  # kept for the signature: the reference materialises all logits
 ) -> Tensor:
     """token_logprobs(hidden @ weight.T + bias, labels)."""
     logits = torch.nn.functional.linear(hidden, weight, bias)

@@ -166,7 +166,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    chunk_bytes: int = 64 << 20,  # kept for the signature, as the next one
+    chunk_bytes: int | None = None,  # kept for the signature, as the next one
     weight_grad_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [], or [...]
     """cross_entropy of the logits of the targets that count."""

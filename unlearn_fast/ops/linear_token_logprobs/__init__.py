@@ -1,16 +1,14 @@
 """Token log-probabilities from hidden states and the lm_head: the [N, V] logits never exist."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unlearn_fast._library import differentiate, fake, implement, not_twice_differentiable, warn_if_slow
-from unlearn_fast.ops import _checks, _rows
-
-DEFAULT_CHUNK_BYTES = 64 << 20
+from unlearn_fast.ops import _checks, _chunks, _rows
 
 
 def linear_token_logprobs(
@@ -23,13 +21,14 @@ def linear_token_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     shift: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:  # [...]
     """Log-probability of each label under `softmax(hidden @ weight.T + bias)`, softcapped and scaled on request.
 
-    Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row).
-    The backward computes each chunk's logits again and turns them into their gradient in place; the weight's gradient
-    is accumulated in float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
+    Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row;
+    rows are padded to 64 bytes). The backward computes each chunk's logits again and turns them into their gradient in
+    place: 8 N H V floating-point operations for N rows, for any cotangent. The weight's gradient is accumulated in
+    float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
 
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16. All is
@@ -37,7 +36,7 @@ def linear_token_logprobs(
         labels: [...] in int64 or int32, each in [0, V) or `ignore_index`.
         ignore_index: rows with this label give 0 and an exactly zero gradient.
         softcap, temperature, shift: as in `token_logprobs`.
-        chunk_bytes: upper limit, in bytes, of the logits that exist at a time.
+        chunk_bytes: upper limit, in bytes, of the logits that exist at a time; None: what suits the device.
 
     Returns:
         Natural logarithms shaped like `labels`, in float32 (float64 for float64 hidden states). Differentiable once in
@@ -51,7 +50,7 @@ def linear_token_logprobs(
     _checks.labels_of_rows("labels", labels, "hidden", hidden)
     _checks.lm_head("", hidden, weight, bias)
     _checks.accumulation(chunk_bytes, None, weight)
-    options = ignore_index, _rows.check_scaling(softcap, temperature), float(temperature), chunk_bytes
+    options = ignore_index, _rows.check_scaling(softcap, temperature), float(temperature), chunk_bytes or 0
     warn_if_slow(hidden.device.type)
     if shift:
         labels = _rows.next_labels(labels, ignore_index)
@@ -86,12 +85,12 @@ def _forward(
     options = ignore_index, softcap, temperature, False
     rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     results = tuple(hidden.new_zeros(flat_labels.shape, dtype=_rows.wide_dtype(hidden)) for _ in range(3))
-    for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
-        logits = torch.nn.functional.linear(rows[chunk], weight, bias)
+    chunks, head = _plan(weight, bias, flat_labels, ignore_index, chunk_bytes)
+    for chunk in chunks:
+        logits = head.logits(rows[chunk])
         values = torch.ops.unlearn_fast.token_logprobs(logits, flat_labels[chunk], *options)[:3]
         for result, value in zip(results, values, strict=True):
             result[chunk] = value
-        del logits  # before the next chunk's are made
     return tuple(result.view(labels.shape) for result in results)  # type: ignore[return-value]
 
 
@@ -114,44 +113,37 @@ def _backward(
     """Gradients of hidden, weight and bias; an empty tensor for each that is not needed."""
     need_hidden, need_weight, need_bias = needs
     options = ignore_index, softcap, temperature
-    wide = logp.dtype
     rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     saved = [t.reshape(-1) for t in (grad, logp, row_max, log_sum)]
     nothing = saved[0].new_empty(0)  # the rows' entropy, which no cotangent asks for
     d_rows = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    d_weight = weight.new_zeros(weight.shape, dtype=wide) if need_weight else weight.new_empty(0)
-    d_bias = weight.new_zeros(weight.shape[0], dtype=wide) if need_bias else weight.new_empty(0)
-    for chunk in _chunks(flat_labels, weight, ignore_index, chunk_bytes):
-        inputs = rows[chunk]
-        d_logits = torch.nn.functional.linear(inputs, weight, bias)  # the logits, until the next line overwrites them
+    d_head = _chunks.HeadGradient(weight, logp.dtype, need_weight=need_weight, need_bias=need_bias)
+    chunks, head = _plan(weight, bias, flat_labels, ignore_index, chunk_bytes)
+    for chunk in chunks:
+        inputs, chunk_labels = rows[chunk], flat_labels[chunk]
+        d_logits = head.logits(inputs)  # the logits, until the next lines overwrite them
         chunk_grad, *stats = (t[chunk] for t in saved)
         torch.ops.unlearn_fast.token_logprobs_backward_(
-            chunk_grad, None, None, None, d_logits, flat_labels[chunk], *stats, nothing, *options
+            chunk_grad, None, None, None, d_logits, chunk_labels, *stats, nothing, *options
         )
         if need_hidden:
             d_rows[chunk] = d_logits @ weight
-        if hidden.device.type != "cpu":  # ignored rows are still here, and 0 * NaN would reach the weight
-            inputs = inputs.masked_fill((flat_labels[chunk] == ignore_index).unsqueeze(-1), 0)
-        if need_weight and wide == weight.dtype:
-            d_weight.addmm_(d_logits.T, inputs)
-        elif need_weight:
-            d_weight += d_logits.T @ inputs
-        if need_bias:
-            d_bias += d_logits.sum(0, dtype=wide)
-        del d_logits
+        if need_weight or need_bias:
+            d_head.add(d_logits, _chunks.without_ignored(inputs, chunk_labels, ignore_index))
+    d_weight, d_bias = d_head.finish()
     return d_rows.view(hidden.shape) if need_hidden else d_rows, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
-def _chunks(labels: Tensor, weight: Tensor, ignore_index: int, chunk_bytes: int) -> Iterator[Any]:
-    """Row selections of at most `chunk_bytes` of logits each; without ignored rows where asking costs no sync."""
-    size = max(1, chunk_bytes // max(1, weight.shape[0] * weight.element_size()))
-    if labels.device.type == "cpu":
-        kept = (labels != ignore_index).nonzero().squeeze(-1)
-        if len(kept) < len(labels):
-            yield from kept.split(size) if len(kept) else ()
-            return
-    for start in range(0, len(labels), size):
-        yield slice(start, start + size)
+def _plan(
+    weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, chunk_bytes: int
+) -> tuple[Sequence[Any], _chunks.Head]:
+    """Selections of rows, without ignored ones where asking for them costs no sync; and what makes their logits."""
+    kept = (labels != ignore_index).nonzero().squeeze(-1) if _chunks.only_labelled_rows(labels) else None
+    N = len(labels) if kept is None else len(kept)
+    size = _chunks.rows_a_chunk(chunk_bytes or None, len(weight) * weight.element_size(), N, weight.device)
+    pieces = _chunks.pieces(N, size)
+    head = _chunks.Head(weight, bias, min(N, size))
+    return pieces if kept is None or len(labels) == N else [kept[piece] for piece in pieces], head
 
 
 implement("linear_token_logprobs", _forward)
