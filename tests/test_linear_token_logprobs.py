@@ -209,11 +209,11 @@ def allocations(function) -> tuple[object, int, int]:
 @pytest.mark.parametrize("ignored", [False, True], ids=["every row", "some rows ignored"])
 @pytest.mark.parametrize("rows_in_chunk", [1, 5])
 def test_the_logits_never_exist(rows_in_chunk, ignored):
-    """N = 64, V = 4992, H = 2: all logits are 1.28 MB, the weight 40 kB, a chunk's logits 20 kB a row."""
-    hidden, weight, _, labels, _ = make_inputs((64,), 2, 4992)
+    """N = 64, V = 5000, H = 2: all logits are 1.28 MB, the weight 40 kB, a chunk's logits 20 kB a row."""
+    hidden, weight, _, labels, _ = make_inputs((64,), 2, 5000)
     labels = labels.masked_fill(labels == IGNORE, 0) if not ignored else labels
     hidden.requires_grad_(), weight.requires_grad_()
-    chunk, of_weight = rows_in_chunk * 4992 * 4, weight.nbytes
+    chunk, of_weight = rows_in_chunk * 5000 * 4, weight.nbytes
     small = 8192  # results, statistics and selections of 64 rows
 
     logp, largest, peak = allocations(lambda: linear_token_logprobs(hidden, weight, labels, chunk_bytes=chunk))
@@ -224,9 +224,9 @@ def test_the_logits_never_exist(rows_in_chunk, ignored):
 
 
 def test_the_whole_at_once_where_the_cap_allows():
-    hidden, weight, _, labels, _ = make_inputs((64,), 2, 4992)
+    hidden, weight, _, labels, _ = make_inputs((64,), 2, 5000)
     _, largest, _ = allocations(lambda: linear_token_logprobs(hidden, weight, labels.clamp(min=0)))
-    assert largest == 64 * 4992 * 4
+    assert largest == 64 * 5000 * 4
 
 
 # Errors

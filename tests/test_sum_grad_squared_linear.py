@@ -311,6 +311,15 @@ def test_subnormal_squares_are_not_flushed():
     assert out.item() > 0
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.float64, 1e200)], ids=str)
+def test_large_factors_in_different_examples(dtype, size):
+    """Every example's gradient is 0, though the columns hold numbers whose product overflows."""
+    a, g = torch.tensor([[size], [0.0]], dtype=dtype), torch.tensor([[0.0], [size]], dtype=dtype)
+    out = torch.ones(1, 1, dtype=dtype)
+    sum_grad_squared_linear_(out, a, g)
+    assert out.item() == 1
+
+
 def test_float16_products_do_not_overflow():
     a = torch.full((2, 3, 1), 60000.0, dtype=torch.float16)
     out = torch.zeros(1, 1)

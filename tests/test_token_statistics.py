@@ -335,6 +335,10 @@ def test_exp_is_right_to_2_ulp(dtype):
     exact = np.exp(x.astype(np.longdouble))
     ulp = np.spacing(np.maximum(exact.astype(dtype), np.finfo(dtype).smallest_subnormal))
     assert (np.abs(ours.astype(np.longdouble) - exact) / ulp).max() <= 2
-    nan = np.array([np.nan], dtype)
+    # Whatever its sign and payload are: the exponent is added to the bits.
+    unsigned = np.uint32 if dtype == np.float32 else np.uint64
+    quiet = np.array([np.nan], dtype).view(unsigned)
+    nan = np.concatenate([quiet + unsigned(k) for k in range(1024)])
+    nan = np.concatenate([nan, nan | unsigned(1) << unsigned(8 * dtype().itemsize - 1)]).view(dtype)
     _library.native.exponentials(nan)
     assert np.isnan(nan).all()

@@ -1,6 +1,6 @@
 """The cases of losses from hidden states and the lm_head: their yardstick is the three matrix products alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,40 +78,42 @@ def _error_in_norm(result: Tensor | None, exact: Tensor | None) -> float:
 
 def linear_flat_loss(B: int, T: int, H: int, V: int, dtype: torch.dtype) -> Case:
     """Template and forget answers of T tokens each, all but the first of them labelled."""
-    names = (*SIDES, "weight")
-    return _case(
-        "linear_flat_loss",
-        f"2 x [{B}, {T}, {H}] x [{V}, {H}]",
-        dtype,
-        2 * B * (T - 1),
-        H,
-        V,
-        inputs=lambda g: _answers(B, T, H, V, dtype, g),
-        ours=forward_backward(unlearn_fast.linear_flat_loss, *names),
-        specified=forward_backward(reference.linear_flat_loss, *names),
-        others={"chunked torch": forward_backward(rivals.chunked_linear_flat_loss, *names)},
-    )
+    others = {"chunked torch": rivals.chunked_linear_flat_loss}
+    return _flat_case("linear_flat_loss", B, T, H, V, dtype, others)
 
 
 def flat_memory(B: int, T: int, H: int, V: int, dtype: torch.dtype) -> Case:
     """The released FLAT of hidden states: each implementation makes the logits, as many as it needs."""
+    others: dict[str, Callable[..., Tensor]] = {
+        "ours, from logits": partial(_of_logits, _our_flat_loss),
+        "torch.compile": compiled(partial(_of_logits, rivals.released_flat_loss)),
+        "released": partial(_of_logits, rivals.released_flat_loss),
+    }
+    return _flat_case("flat_memory", B, T, H, V, dtype, others, formulation="official")
+
+
+def _flat_case(
+    operator: str,
+    B: int,
+    T: int,
+    H: int,
+    V: int,
+    dtype: torch.dtype,
+    others: Mapping[str, Callable[..., Tensor]],
+    **options: Any,
+) -> Case:
     names = (*SIDES, "weight")
-    official = {"formulation": "official"}
     return _case(
-        "flat_memory",
+        operator,
         f"2 x [{B}, {T}, {H}] x [{V}, {H}]",
         dtype,
         2 * B * (T - 1),
         H,
         V,
         inputs=lambda g: _answers(B, T, H, V, dtype, g),
-        ours=forward_backward(unlearn_fast.linear_flat_loss, *names, **official),
-        specified=forward_backward(reference.linear_flat_loss, *names, **official),
-        others={
-            "ours, from logits": forward_backward(partial(_of_logits, _our_flat_loss), *names),
-            "torch.compile": forward_backward(compiled(partial(_of_logits, rivals.released_flat_loss)), *names),
-            "released": forward_backward(partial(_of_logits, rivals.released_flat_loss), *names),
-        },
+        ours=forward_backward(unlearn_fast.linear_flat_loss, *names, **options),
+        specified=forward_backward(reference.linear_flat_loss, *names, **options),
+        others={name: forward_backward(function, *names) for name, function in others.items()},
     )
 
 

@@ -196,7 +196,7 @@ class _Run:
         )
         self.chunks = labelled.chunks(self.size)
         longest = min(self.size, max((sum(chunk.sizes) for chunk in self.chunks), default=0))
-        self.heads = [_chunks.Head(h.weight, h.bias, longest) for h in heads]
+        self.logits = [_chunks.Logits(h.weight, h.bias, longest) for h in heads]
         self.d_hidden = [torch.zeros_like(x) if need else None for x, need in zip(self.hidden[0], sides, strict=True)]
         self.d_head = _chunks.HeadGradient(
             head.weight, call.weight_grad_dtype or head.weight.dtype, need_weight=need_weight, need_bias=need_bias
@@ -230,10 +230,11 @@ class _Run:
         pieces = _chunks.pieces(len(labels), self.size)
         numbers = self.d_head.bias.new_full(labels.shape, -1.0)  # of rows to come, any number that is no extreme
         d_inputs = torch.empty_like(inputs[0]) if any(d is not None for d in self.d_hidden) else None
-        for group in [[piece] for piece in pieces] if self.call.unit is Unit.ROW else [pieces]:
+        at_once = self.needs and self.call.unit is Unit.ROW  # each piece's gradients follow its logits
+        for group in [[piece] for piece in pieces] if at_once else [pieces]:
             saved = []
             for piece in group:
-                logits = self.logits(inputs, piece)
+                logits = self.logits_of(inputs, piece)
                 saved.append(self.call.rows.forward(labels[piece], *logits))
                 numbers[piece] = saved[-1][0]
             values, grad = self.values_and_cotangent(chunk, numbers)
@@ -241,10 +242,10 @@ class _Run:
                 continue
             for piece, stats in zip(reversed(group), reversed(saved), strict=True):
                 if piece is not group[-1]:  # the next piece needed the memory of its logits
-                    logits = self.logits(inputs, piece)
+                    logits = self.logits_of(inputs, piece)
                 self.call.rows.backward_(grad[piece], labels[piece], stats, *logits)
                 if d_inputs is not None:
-                    torch.mm(logits[0], self.heads[0].weight, out=d_inputs[piece])
+                    torch.mm(logits[0], self.logits[0].weight, out=d_inputs[piece])
                 self.d_head.add(logits[0], inputs[0][piece])
         if d_inputs is not None:
             for total, i, d in zip(self.d_hidden, chunk.rows, d_inputs.split(list(chunk.sizes)), strict=True):
@@ -252,8 +253,8 @@ class _Run:
                     total[i] = d
         return values
 
-    def logits(self, inputs: Sequence[Tensor], piece: slice) -> list[Tensor]:
-        return [head.logits(x[piece]) for head, x in zip(self.heads, inputs, strict=True)]
+    def logits_of(self, inputs: Sequence[Tensor], piece: slice) -> list[Tensor]:
+        return [logits.of(x[piece]) for logits, x in zip(self.logits, inputs, strict=True)]
 
     def values_and_cotangent(self, chunk: _Chunk, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """The values of the chunk's sequences, [b], and the mean's gradient in the rows' numbers."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from unlearn_fast import _library
 
 SCRATCH_BYTES = 8 << 20  # of a product that is added to a total of another dtype, block by block: a cache's size
-ROW_ALIGNMENT = 64  # bytes: what vectors and cache lines want of a row's beginning, whatever V is
 
 # Blocks of columns in which the CPU's products of a [V, H] matrix run faster than at once, on a Zen 4 with 2 threads:
 # MKL's float32 logits by 1.3 to 1.6, where the block's logits stay in a core's cache, as it adds to them again and
@@ -40,16 +39,15 @@ def rows_a_chunk(chunk_bytes: int | None, row_bytes: int, N: int, device: torch.
     return max(1, min(wanted, default.most_bytes // max(1, row_bytes)))
 
 
-class Head:
-    """The lm_head. All logits lie in one buffer: on a CPU, fresh memory for each chunk would cost more than softmax."""
+class Logits:
+    """Of one chunk after another, in one buffer: on a CPU, fresh memory for each would cost more than the softmax."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:  # [V, H], [V]
         self.weight, self.bias = weight, bias
-        V, line = len(weight), ROW_ALIGNMENT // weight.element_size()
-        self.buffer = _fresh(weight, (rows, (V + line - 1) // line * line), weight.dtype)[:, :V]
+        self.buffer = _fresh(weight, (rows, len(weight)), weight.dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:  # [n, H] -> [n, V]
-        """hidden @ weight.T + bias, in the memory of the logits before."""
+    def of(self, hidden: Tensor) -> Tensor:  # [n, H] -> [n, V]
+        """hidden @ weight.T + bias, over the logits before."""
         out = self.buffer[: len(hidden)]
         for columns in pieces(len(self.weight), self._block(len(hidden))):
             weight, block = self.weight[columns].T, out[:, columns]

@@ -25,10 +25,10 @@ def linear_token_logprobs(
 ) -> Tensor:  # [...]
     """Log-probability of each label under `softmax(hidden @ weight.T + bias)`, softcapped and scaled on request.
 
-    Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row;
-    rows are padded to 64 bytes). The backward computes each chunk's logits again and turns them into their gradient in
-    place: 8 N H V floating-point operations for N rows, for any cotangent. The weight's gradient is accumulated in
-    float32. On the CPU, ignored rows cost nothing: they are left out of the matrix products.
+    Works in chunks of rows: the logits of one chunk exist at a time, at most `chunk_bytes` of them (at least one row).
+    The backward computes each chunk's logits again and turns them into their gradient in place: 8 N H V floating-point
+    operations for N rows, for any cotangent. The weight's gradient is accumulated in float32. On the CPU, ignored rows
+    cost nothing: they are left out of the matrix products.
 
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V]; all in one dtype: float32, float64, bfloat16 or float16. All is
@@ -85,9 +85,9 @@ def _forward(
     options = ignore_index, softcap, temperature, False
     rows, flat_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     results = tuple(hidden.new_zeros(flat_labels.shape, dtype=_rows.wide_dtype(hidden)) for _ in range(3))
-    chunks, head = _plan(weight, bias, flat_labels, ignore_index, chunk_bytes)
+    chunks, buffer = _plan(weight, bias, flat_labels, ignore_index, chunk_bytes)
     for chunk in chunks:
-        logits = head.logits(rows[chunk])
+        logits = buffer.of(rows[chunk])
         values = torch.ops.unlearn_fast.token_logprobs(logits, flat_labels[chunk], *options)[:3]
         for result, value in zip(results, values, strict=True):
             result[chunk] = value
@@ -118,10 +118,10 @@ def _backward(
     nothing = saved[0].new_empty(0)  # the rows' entropy, which no cotangent asks for
     d_rows = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
     d_head = _chunks.HeadGradient(weight, logp.dtype, need_weight=need_weight, need_bias=need_bias)
-    chunks, head = _plan(weight, bias, flat_labels, ignore_index, chunk_bytes)
+    chunks, buffer = _plan(weight, bias, flat_labels, ignore_index, chunk_bytes)
     for chunk in chunks:
         inputs, chunk_labels = rows[chunk], flat_labels[chunk]
-        d_logits = head.logits(inputs)  # the logits, until the next lines overwrite them
+        d_logits = buffer.of(inputs)  # the logits, until the next lines overwrite them
         chunk_grad, *stats = (t[chunk] for t in saved)
         torch.ops.unlearn_fast.token_logprobs_backward_(
             chunk_grad, None, None, None, d_logits, chunk_labels, *stats, nothing, *options
@@ -136,14 +136,14 @@ def _backward(
 
 def _plan(
     weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, chunk_bytes: int
-) -> tuple[Sequence[Any], _chunks.Head]:
+) -> tuple[Sequence[Any], _chunks.Logits]:
     """Selections of rows, without ignored ones where asking for them costs no sync; and what makes their logits."""
     kept = (labels != ignore_index).nonzero().squeeze(-1) if _chunks.only_labelled_rows(labels) else None
     N = len(labels) if kept is None else len(kept)
     size = _chunks.rows_a_chunk(chunk_bytes or None, len(weight) * weight.element_size(), N, weight.device)
     pieces = _chunks.pieces(N, size)
-    head = _chunks.Head(weight, bias, min(N, size))
-    return pieces if kept is None or len(labels) == N else [kept[piece] for piece in pieces], head
+    buffer = _chunks.Logits(weight, bias, min(N, size))
+    return pieces if kept is None or len(labels) == N else [kept[piece] for piece in pieces], buffer
 
 
 implement("linear_token_logprobs", _forward)
