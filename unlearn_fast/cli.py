@@ -15,6 +15,7 @@ import torch
 import unlearn_fast
 
 STDOUT = "-"
+DEVICES = ("cpu", "cuda")
 
 # What a command needs beyond the package's own dependencies: module -> the extra that installs it.
 DEMO_NEEDS = {"sklearn": "demo", "transformers": "demo", "matplotlib": "demo"}
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check every operator on this machine against float64")
     verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.add_argument("--device", choices=DEVICES, help="only on this device; by default on all there are")
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="time every operator against its rivals and this machine's ceilings")
@@ -80,9 +82,16 @@ def _info(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from unlearn_fast import verify
 
-    checks = list(_progress(verify.run_checks(), "verify", unit="check"))
+    _check_device(arguments.device, "verify")
+    devices = None if arguments.device is None else [arguments.device]
+    checks = list(_progress(verify.run_checks(devices), "verify", unit="check"))
     print(_json(verify.as_json(checks)) if arguments.json else verify.text(checks))
     return 0 if all(check.passed for check in checks) else 1
+
+
+def _check_device(device: str | None, command: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"{command}: --device is 'cuda', and torch {torch.__version__} sees no GPU here")
 
 
 def _bench(arguments: argparse.Namespace) -> int:

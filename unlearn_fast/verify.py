@@ -8,7 +8,7 @@ import itertools
 import math
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,9 +71,10 @@ def relative_error(result: Tensor, exact: Tensor, cancels: bool = False) -> floa
     return errors.max().item() if errors.numel() else 0.0
 
 
-def run_checks() -> Iterator[Check]:
-    """Every scenario in every dtype, on the CPU and on the GPU where there is one."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def run_checks(devices: Sequence[str] | None = None) -> Iterator[Check]:
+    """Every scenario in every dtype, on these devices: by default the CPU, and the GPU where there is one."""
+    if devices is None:
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device, scenario in itertools.product(devices, scenarios()):
         for dtype in scenario.dtypes:
             yield from _check(scenario, dtype, device)

@@ -1,12 +1,4 @@
-// dampen_ on CUDA: p <- p * min((lam * r / f)^exponent, cap) where f > alpha * r, in place.
-//
-// Fused: selection, factor, product, and the report's counts. Reads f and r; reads and writes p only where selected.
-// Work: one launch a tensor, a grid-stride loop over its elements in at most SLOTS blocks; each block writes its four
-// counts to its own slot, and a last launch adds the slots in order: no atomics, so two runs give the same report.
-// IEEE division, no flush to zero (nvcc's defaults): float32 results match the published formula bit for bit.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+// dampen_ on CUDA: the operator. The kernels, and how their work is split, are in dampen.cuh.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -15,7 +7,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <map>
+#include <utility>
 #include <vector>
+
+#include "cuda/dampen.cuh"
 
 namespace unlearn {
 namespace {
@@ -23,88 +19,19 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int THREADS = 256;
-constexpr int64_t SLOTS = 1024;
-
-struct Settings {
-  double alpha, lam, exponent, cap;
-};
-
-template <class C, class T>
-__device__ C widen(T x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return C(__bfloat162float(x));
-  else if constexpr (std::is_same_v<T, __half>)
-    return C(__half2float(x));
-  else
-    return C(x);
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "dampen_ could not be launched: ", cudaGetErrorString(error));
 }
 
-template <class T, class C>
-__device__ T narrow(C x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __float2bfloat16(float(x));
-  else if constexpr (std::is_same_v<T, __half>)
-    return __float2half(float(x));
-  else
-    return T(x);
-}
-
-// torch computes these exponents without pow; see csrc/cpu/dampen.h.
-template <class C>
-__device__ C raised(C ratio, double exponent) {
-  if (exponent == 1.0) return ratio;
-  if (exponent == 0.5) return sqrt(ratio);
-  if (exponent == 2.0) return ratio * ratio;
-  if (exponent == 3.0) return ratio * ratio * ratio;
-  return C(pow(double(ratio), exponent));
-}
-
-template <class P, class C>
-__global__ void dampen_kernel(P* p, const C* f, const C* r, int64_t n, Settings settings, double* slots) {
-  const C alpha = C(settings.alpha), lam = C(settings.lam), cap = C(settings.cap);
-  double counts[4] = {0, 0, 0, 0};  // selected, non-finite importances, non-finite selected parameters, sum of factors
-  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < n; i += int64_t(gridDim.x) * THREADS) {
-    const C fi = f[i], ri = r[i];
-    if (!(isfinite(fi) && isfinite(ri))) counts[1] += 1;
-    if (!(fi > ri * alpha)) continue;
-    C factor = raised(C(ri * lam) / fi, settings.exponent);
-    if (isinf(fi)) factor = C(0);  // lam * r may overflow, and inf / inf is no factor
-    if (factor > cap) factor = cap;
-    const C value = widen<C>(p[i]);
-    p[i] = narrow<P>(value * factor);
-    counts[0] += 1;
-    counts[2] += isfinite(value) ? 0 : 1;
-    counts[3] += double(factor);
-  }
-  __shared__ double shared[THREADS][4];
-  for (int k = 0; k < 4; ++k) shared[threadIdx.x][k] = counts[k];
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      for (int k = 0; k < 4; ++k) shared[threadIdx.x][k] += shared[threadIdx.x + half][k];
-    }
-  }
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < 4; ++k) slots[blockIdx.x * 4 + k] = shared[0][k];
-  }
-}
-
-__global__ void add_slots(const double* slots, double* table) {
-  if (threadIdx.x >= 4) return;
-  double sum = 0;
-  for (int64_t slot = 0; slot < SLOTS; ++slot) sum += slots[(blockIdx.x * SLOTS + slot) * 4 + threadIdx.x];
-  table[blockIdx.x * 4 + threadIdx.x] = sum;
-}
-
+// f(T{}) for the type of a parameter or of an importance.
 template <class F>
-void dispatch_params(ScalarType dtype, const F& f) {
+void dispatch(ScalarType dtype, const char* name, const F& f) {
   switch (dtype) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(__nv_bfloat16{});
     case ScalarType::Half: return f(__half{});
-    default: STD_TORCH_CHECK(false, "params must be float32, float64, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -112,31 +39,66 @@ Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
   return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "dampen_ could not be launched: ", cudaGetErrorString(error));
+// As many blocks as the card holds at once.
+template <class Kernel>
+int blocks_of(Kernel kernel, int chunks) {
+  int device = 0, processors = 0, resident = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, DAMPEN_THREADS, 0));
+  return std::min(chunks, std::max(1, processors * resident));
 }
 
-template <class C>
-void dampen_tensor(
-    Tensor& param, const Tensor& forget, const Tensor& reference, const Settings& settings, double* slots,
-    cudaStream_t stream) {
-  const Tensor f = contiguous_as(forget, std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
-  const Tensor r = contiguous_as(reference, f.scalar_type());
-  Tensor p = torch::stable::contiguous(param);
-  const int64_t n = p.numel(), blocks = std::min(SLOTS, (n + THREADS - 1) / THREADS);
-  if (n == 0) return;
-  dispatch_params(p.scalar_type(), [&](auto type) {
-    using P = decltype(type);
-    if constexpr (!(std::is_same_v<P, double> && std::is_same_v<C, float>)) {
-      dampen_kernel<<<int(blocks), THREADS, 0, stream>>>(
-          static_cast<P*>(p.mutable_data_ptr()), static_cast<const C*>(f.const_data_ptr()),
-          static_cast<const C*>(r.const_data_ptr()), n, settings, slots);
-    }
-  });
-  check_launch();
-  if (p.const_data_ptr() != param.const_data_ptr()) torch::stable::copy_(param, p);
+template <class P, class F>
+void launch(const DampenList& list, const DampenSettings& settings, double* slots, cudaStream_t stream) {
+  using C = std::conditional_t<std::is_same_v<P, double> || std::is_same_v<F, double>, double, float>;
+  const auto run = [&](auto kernel) {
+    kernel<<<blocks_of(kernel, list.chunks), DAMPEN_THREADS, 0, stream>>>(list, settings, slots);
+  };
+  if (settings.exponent == 1.0)
+    run(dampen_kernel<true, P, F, C>);
+  else
+    run(dampen_kernel<false, P, F, C>);
+  check(cudaGetLastError());
 }
+
+// Tensors of one dtype, and importances of one dtype: their launches, each of at most DAMPEN_LIST tensors.
+class Group {
+ public:
+  void add(const Tensor& p, const Tensor& f, const Tensor& r, int row) {
+    if (lists_.empty() || lists_.back().tensors == DAMPEN_LIST) lists_.emplace_back();
+    DampenList& list = lists_.back();
+    list.tensor[list.tensors++] = {
+        p.mutable_data_ptr(), f.const_data_ptr(), r.const_data_ptr(), p.numel(), list.chunks, row};
+    list.chunks += dampen_chunks(p.numel());
+  }
+
+  int64_t chunks() const {
+    int64_t sum = 0;
+    for (const DampenList& list : lists_) sum += list.chunks;
+    return sum;
+  }
+
+  // Returns the slots after its own.
+  double* run(
+      ScalarType params, ScalarType importances, const DampenSettings& settings, double* slots, double* table,
+      cudaStream_t stream) const {
+    for (const DampenList& list : lists_) {
+      dispatch(params, "params", [&](auto p) {
+        dispatch(importances, "importances", [&](auto f) {
+          launch<decltype(p), decltype(f)>(list, settings, slots, stream);
+        });
+      });
+      add_slots_kernel<<<list.tensors, DAMPEN_THREADS, 0, stream>>>(list, slots, table);
+      check(cudaGetLastError());
+      slots += int64_t(list.chunks) * DAMPEN_COUNTS;
+    }
+    return slots;
+  }
+
+ private:
+  std::vector<DampenList> lists_;
+};
 
 Tensor dampen_(
     std::vector<Tensor> params, std::vector<Tensor> forget, std::vector<Tensor> reference, double alpha, double lam,
@@ -145,38 +107,54 @@ Tensor dampen_(
       params.size() == forget.size() && params.size() == reference.size(),
       "forget and reference must have as many tensors as params");
   const int64_t P = int64_t(params.size());
-  if (P == 0) return torch::stable::empty({0, 4}, ScalarType::Double);
+  if (P == 0) return torch::stable::empty({0, DAMPEN_COUNTS}, ScalarType::Double);
+  const auto device = params[0].get_device_index();
   for (int64_t i = 0; i < P; ++i) {
     STD_TORCH_CHECK(
         params[i].numel() == forget[i].numel() && params[i].numel() == reference[i].numel(), "importance ", i,
         " must have the shape of its parameter");
     STD_TORCH_CHECK(
-        params[i].get_device_index() == params[0].get_device_index() &&
-            params[i].get_device_index() == forget[i].get_device_index() &&
-            params[i].get_device_index() == reference[i].get_device_index(),
+        params[i].get_device_index() == device && forget[i].get_device_index() == device &&
+            reference[i].get_device_index() == device,
         "all tensors must be on one device");
-    dispatch_params(params[i].scalar_type(), [](auto) {});
+    dispatch(params[i].scalar_type(), "params", [](auto) {});
+    for (const Tensor* x : {&forget[i], &reference[i]}) dispatch(x->scalar_type(), "importances", [](auto) {});
   }
-  const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(params[0].get_device_index(), &stream));
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  Tensor slots = torch::stable::new_empty(params[0], {P, SLOTS, 4}, ScalarType::Double);
-  torch::stable::zero_(slots);
-  Tensor table = torch::stable::new_empty(params[0], {P, 4}, ScalarType::Double);
-  const Settings settings{alpha, lam, exponent, cap};
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* current = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &current) == AOTI_TORCH_SUCCESS, "no CUDA stream");
+  const auto stream = static_cast<cudaStream_t>(current);
+
+  std::map<std::pair<ScalarType, ScalarType>, Group> groups;
+  std::vector<Tensor> kept;  // until the kernels are launched: torch's allocator then keeps to the stream's order
+  std::vector<std::pair<int64_t, Tensor>> copies;  // of parameters that are not contiguous
+  for (int64_t i = 0; i < P; ++i) {
+    if (params[i].numel() == 0) continue;
+    // Importances of one dtype are read as they are; of two, in the wider one that holds both.
+    ScalarType dtype = forget[i].scalar_type();
+    if (dtype != reference[i].scalar_type()) {
+      const bool wide = dtype == ScalarType::Double || reference[i].scalar_type() == ScalarType::Double;
+      dtype = wide ? ScalarType::Double : ScalarType::Float;
+    }
+    Tensor p = torch::stable::contiguous(params[i]);
+    if (p.const_data_ptr() != params[i].const_data_ptr()) copies.emplace_back(i, p);
+    kept.push_back(contiguous_as(forget[i], dtype));
+    kept.push_back(contiguous_as(reference[i], dtype));
+    groups[{params[i].scalar_type(), dtype}].add(p, kept[kept.size() - 2], kept.back(), int(i));
+  }
+
+  int64_t chunks = 0;
+  for (const auto& [dtypes, group] : groups) chunks += group.chunks();
+  Tensor slots = torch::stable::new_empty(params[0], {chunks, DAMPEN_COUNTS}, ScalarType::Double);
+  Tensor table = torch::stable::new_empty(params[0], {P, DAMPEN_COUNTS}, ScalarType::Double);
+  torch::stable::zero_(table);  // empty tensors have rows, and no kernel
+  const DampenSettings settings{alpha, lam, exponent, cap};
   double* slot = static_cast<double*>(slots.mutable_data_ptr());
-  for (int64_t i = 0; i < P; ++i, slot += SLOTS * 4) {
-    const bool wide = params[i].scalar_type() == ScalarType::Double || forget[i].scalar_type() == ScalarType::Double ||
-                      reference[i].scalar_type() == ScalarType::Double;
-    if (wide)
-      dampen_tensor<double>(params[i], forget[i], reference[i], settings, slot, cuda_stream);
-    else
-      dampen_tensor<float>(params[i], forget[i], reference[i], settings, slot, cuda_stream);
+  for (const auto& [dtypes, group] : groups) {
+    slot =
+        group.run(dtypes.first, dtypes.second, settings, slot, static_cast<double*>(table.mutable_data_ptr()), stream);
   }
-  add_slots<<<int(P), 32, 0, cuda_stream>>>(
-      static_cast<const double*>(slots.const_data_ptr()), static_cast<double*>(table.mutable_data_ptr()));
-  check_launch();
+  for (auto& [i, copy] : copies) torch::stable::copy_(params[i], copy);
   return table;
 }
 
