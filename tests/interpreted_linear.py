@@ -57,10 +57,12 @@ def test_every_tile(dtype, leading, first):
     a, g = randn(*leading, 130, dtype=dtype), randn(*leading, 70, dtype=dtype, seed=9)
     before = sums((70, 130), len(a), dtype, True, first)
     a3, g3 = (x if x.dim() == 3 else x.unsqueeze(1) for x in (a, g))
-    call = linear.Launch(a3, g3, before[1], False, first)
+    layouts = _triton.layouts(before[0], before[2], a3, g3, before[1])
+    call = linear.Call(*layouts, False, "ieee", a.device, _triton.processors(a))
+    operands = call.operands(a3, g3, before[1])
     for tile in call.tiles:
         out, mean = (None if x is None else x.clone() for x in (before[0], before[2]))
-        call.launch(tile, out, mean, 0.3)
+        call.launch(tile, [out, mean], operands, 0.3)
         assert_moments(out, mean, before, gradients(a, g), gradients(a.abs(), g.abs()), False, 0.3)
 
 

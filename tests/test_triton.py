@@ -105,3 +105,34 @@ def test_the_default_tile_wastes_little():
     assert _triton.default_tile(tiles, 4096, 4096) == tiles[0]
     assert _triton.default_tile(tiles, 64, 576).o == 64
     assert _triton.default_tile(tiles, 1, 9).o == 16
+
+
+def test_triton_looks_at_the_arguments_of_a_launch_once_for_each_alignment():
+    from unlearn_fast.ops import _triton
+
+    looked, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    class Kernel:
+        arg_names = ("out", "x", "scale", "n", "BLOCK", "ADD")
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                looked.append((grid, arguments, options))
+                return Compiled()
+
+            return launch
+
+    memory = torch.zeros(40)
+    out, x, shifted = memory[:4], memory[8:12], memory[9:13]
+    launch = _triton.Launch(Kernel(), (7,), 4, ADD=True, BLOCK=16, num_warps=4)
+    for operand in (x, shifted, None, x, shifted, None):
+        launch((out, operand), 0.5)
+    first, others = looked[0], looked[1:]
+    assert first == ((7, 1, 1), (out, x, 0.5, 4), {"ADD": True, "BLOCK": 16, "num_warps": 4})
+    assert [id(arguments[1]) for _, arguments, _ in others] == [id(shifted), id(None)]
+    assert [id(arguments[1]) for _, arguments in launched] == [id(x), id(shifted), id(None)]
+    assert launched[0] == ((7, 1, 1), (out, x, 0.5, 4, 16, True))  # constants in the kernel's order

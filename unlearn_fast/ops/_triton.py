@@ -1,10 +1,11 @@
-"""What the Triton kernels share: how a gradient enters the sums, the second stage of split sums, how work is split, and
-which tiles serve.
+"""What the Triton kernels share: how a gradient enters the sums, the second stage of split sums, how they are launched,
+how work is split, and which tiles serve.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +51,7 @@ def finish(out, place, mask, total, scale, ADD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["S"])
-def add_parts_kernel(out, parts, S, L, M, N, scale: tl.float64, part_s, out_l, out_m, out_n, BLOCK: tl.constexpr):
+def add_parts_kernel(out, parts, scale: tl.float64, S, L, M, N, part_s, out_l, out_m, out_n, BLOCK: tl.constexpr):
     """out[l, m, n] += scale * sum_s parts[s, l, m, n], in the order of s: the second stage of every sum that is split.
 
     One program a block of elements; reads the parts once, reads and writes out once. No atomics: two runs give the same
@@ -65,12 +66,50 @@ def add_parts_kernel(out, parts, S, L, M, N, scale: tl.float64, part_s, out_l, o
     finish(out, rows // M * out_l + rows % M * out_m + offs % N * out_n, mask, total, scale, ADD=True)
 
 
+class Layout(NamedTuple):
+    """What a tensor contributes to the choice of a launch."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def layouts(*tensors: Tensor | None) -> list[Any]:
+    """The layout of each; None for None."""
+    return [None if t is None else Layout(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
+class Launch:
+    """A kernel with all its arguments but the tensors, which come first, and the scale, to be launched many times.
+
+    Triton looks at every argument of every launch to find the compiled kernel, which takes longer than a small kernel
+    runs. With tensors of one layout only their device and the alignment of their addresses can make a difference.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: int, **options: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, (*grid, 1, 1)[:3], numbers, options
+        self.constants = [options[name] for name in kernel.arg_names if name in options]
+        self.compiled: dict[Hashable, Any] = {}
+
+    def __call__(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
+        key = (tensors[0].get_device(), *[None if t is None else t.data_ptr() % 16 == 0 for t in tensors])  # type: ignore[union-attr]
+        if (compiled := self.compiled.get(key)) is not None:
+            compiled[self.grid](*tensors, *scale, *self.numbers, *self.constants)
+        elif compiled := self.kernel[self.grid](*tensors, *scale, *self.numbers, **self.options):  # None: interpreted
+            self.compiled[key] = compiled
+
+
 def add_parts(out: Tensor, parts: Tensor, scale: float) -> None:
     """out [L, M, N] += scale * parts.sum(0), for parts [S, ...] in the order of out's axes, contiguous but for S."""
+    adding(*layouts(out), len(parts), parts.stride(0))((out, parts), scale)
+
+
+@lru_cache(maxsize=4096)
+def adding(out: Layout, parts: int, part_stride: int) -> Launch:
+    """The launch of `add_parts`."""
     block = 512
-    add_parts_kernel[(triton.cdiv(out.numel(), block),)](
-        out, parts, len(parts), *out.shape, scale, parts.stride(0), *out.stride(), BLOCK=block, num_warps=4
-    )
+    grid = (triton.cdiv(math.prod(out.shape), block),)
+    return Launch(add_parts_kernel, grid, parts, *out.shape, part_stride, *out.strides, BLOCK=block, num_warps=4)
 
 
 @lru_cache(maxsize=4096)
@@ -84,17 +123,20 @@ def splits(tiles: int, steps: int, processors: int) -> int:
 
 
 def processors(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _processors(tensor.device.index) if tensor.is_cuda else INTERPRETED_PROCESSORS
 
 
-def fitting(tiles: Sequence[Tile], like: Tensor) -> tuple[Tile, ...]:
-    """Those whose load pipeline, for elements of `like`, fits into its GPU's shared memory."""
-    if not like.is_cuda:
+@lru_cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def fitting(tiles: Sequence[Tile], dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
+    """Those whose load pipeline, for elements of this type, fits into the GPU's shared memory."""
+    if device.type != "cuda":
         return tuple(tiles)
-    limit = _shared_memory(like.device.index)
-    fit = tuple(t for t in tiles if (t.o + t.i) * t.t * t.stages * like.element_size() <= limit)
+    limit = _shared_memory(device.index)
+    fit = tuple(t for t in tiles if (t.o + t.i) * t.t * t.stages * dtype.itemsize <= limit)
     return fit or tuple(tiles[-1:])
 
 

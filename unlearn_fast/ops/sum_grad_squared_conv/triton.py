@@ -217,7 +217,7 @@ class Launch:
         self.B, self.T = x.shape[0], g.shape[1] * g.shape[3]
         self.precision = precision(x.dtype)
         kind = {2: "16 bit", 4: self.precision, 8: "float64"}[x.element_size()]
-        self.tiles = fitting((TILES, TILES_WITH_FIRST)[with_first][kind], x)
+        self.tiles = fitting((TILES, TILES_WITH_FIRST)[with_first][kind], x.dtype, x.device)
 
     def run(self, places: list[Tensor | None], scale: float) -> None:
         """places: out and first as [O, C, taps]."""

@@ -13,6 +13,7 @@ One position an example (T = 1) is the plain product of squares: the examples th
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,12 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from unlearn_fast.ops._triton import (
+    Launch,
+    Layout,
     Tile,
-    add_parts,
+    adding,
     choose,
     default_tile,
     finish,
     fitting,
+    layouts,
     moment,
     precision,
     processors,
@@ -195,80 +199,121 @@ def sum_grad_squared_linear_(
         return
     if inputs.dim() == 2:
         inputs, grad_outputs = inputs.unsqueeze(1), grad_outputs.unsqueeze(1)
+    tensors = out, first, inputs, grad_outputs, weights
     with torch.cuda.device_of(out):
-        Launch(inputs, grad_outputs, weights, absolute, first is not None).run(out, first, scale)
+        call = _call(*layouts(*tensors), absolute, precision(inputs.dtype), out.device, processors(out))
+        call(*tensors, scale)
 
 
-class Launch:
-    """One call's operands, and what depends on them."""
+class Launches(NamedTuple):
+    """Of one tile: the sums over ranges of examples, the shape of a workspace for these, and what adds them up."""
 
-    def __init__(self, a: Tensor, g: Tensor, weights: Tensor | None, absolute: bool, with_first: bool) -> None:
-        self.a, self.g, self.weights, self.absolute = a, g, weights, absolute
+    sums: Launch
+    space: tuple[int, ...] | None  # None: one range, which is added at once
+    adding: list[Launch]
+
+
+class Call:
+    """What a call needs, for tensors of these layouts."""
+
+    def __init__(
+        self,
+        out: Layout,
+        first: Layout | None,
+        a: Layout,
+        g: Layout,
+        weights: Layout | None,
+        absolute: bool,
+        precision: str,
+        device: torch.device,
+        processors: int,
+    ) -> None:
+        self.out, self.first, self.a, self.g, self.weights = out, first, a, g, weights
+        self.absolute, self.processors = absolute, processors
         (self.B, self.T, self.I), self.O = a.shape, g.shape[-1]
         self.single = self.T == 1
-        self.precision = precision(a.dtype)
-        kind = {2: "16 bit", 4: self.precision, 8: "float64"}[a.element_size()]
+        self.wide = torch.promote_types(a.dtype, torch.float32)
+        kind = {2: "16 bit", 4: precision, 8: "float64"}[a.dtype.itemsize]
         if self.single and kind == "16 bit":
-            kind = self.precision = "tf32x3"  # a 16-bit float's square has more digits than TF32: two pieces hold it
+            kind = precision = "tf32x3"  # a 16-bit float's square has more digits than TF32: two pieces hold it
+        self.precision = precision
         tiles = (PRODUCT_TILES, PRODUCT_TILES_WITH_FIRST) if self.single else (TILES, TILES_WITH_FIRST)
-        self.tiles = fitting(tiles[with_first][kind], a)
-        if self.single and not absolute:
-            wide = torch.promote_types(a.dtype, torch.float32)
-            norm = torch.linalg.vector_norm
-            self.a_max, self.g_max = (norm(x[:, 0], torch.inf, 0, dtype=wide) for x in (a, g))
-        else:
-            self.a_max = self.g_max = None
+        self.tiles = fitting(tiles[first is not None][kind], a.dtype, device)
+        self.default = default_tile(self.tiles, self.O, self.I)
+        self.key = (self.O, self.I, self.single, precision, a.dtype, first is None, device)
+        self.work = 2 * self.B * self.T * self.O * self.I
+        self.launches: dict[Tile, Launches] = {}
 
-    def run(self, out: Tensor, first: Tensor | None, scale: float) -> None:
-        key = (self.O, self.I, self.single, self.precision, self.a.dtype, first is None, self.a.device)
-        work = 2 * self.B * self.T * self.O * self.I
+    def __call__(
+        self, out: Tensor, first: Tensor | None, a: Tensor, g: Tensor, weights: Tensor | None, scale: float
+    ) -> None:
+        operands = self.operands(a, g, weights)
 
         def measure(tile: Tile) -> None:
-            self.launch(tile, torch.empty_like(out), None if first is None else torch.empty_like(out), scale)
+            scratch = [None if v is None else v.new_empty_strided(v.shape, v.stride()) for v in (out, first)]
+            self.launch(tile, scratch, operands, scale)
 
-        tile = choose(key, self.tiles, default_tile(self.tiles, self.O, self.I), out, work, measure)
-        self.launch(tile, out, first, scale)
+        tile = choose(self.key, self.tiles, self.default, out, self.work, measure)
+        self.launch(tile, [out, first], operands, scale)
 
-    def launch(self, tile: Tile, out: Tensor, first: Tensor | None, scale: float) -> None:
+    def operands(self, a: Tensor, g: Tensor, weights: Tensor | None) -> list[Tensor | None]:
+        """What the kernel reads: for one position an example also the largest magnitudes of each column."""
+        if not self.single:
+            return [a, g, weights]
+        if self.absolute:
+            return [a, g, weights, None, None]
+        norm = torch.linalg.vector_norm
+        return [a, g, weights, *(norm(x[:, 0], torch.inf, 0, dtype=self.wide) for x in (a, g))]
+
+    def launch(self, tile: Tile, moments: list[Tensor | None], operands: list[Tensor | None], scale: float) -> None:
+        """moments: out and first."""
+        if tile not in self.launches:
+            self.launches[tile] = self._launches(tile)
+        sums, space, adding = self.launches[tile]
+        if space is None:
+            return sums([*moments, *operands], scale)
+        parts: Any = moments[0].new_empty(space)  # type: ignore[union-attr]
+        sums([parts[0], None if moments[1] is None else parts[1], *operands], 1.0)
+        for add, out, part in zip(adding, moments, parts, strict=False):
+            add((out, part), scale)
+
+    def _launches(self, tile: Tile) -> Launches:
         tiles = triton.cdiv(self.O, tile.o) * triton.cdiv(self.I, tile.i)
         unit = tile.t if self.single else 1  # examples that a program takes at a time
-        parts = splits(tiles, triton.cdiv(self.B, unit), processors(out))
+        parts = splits(tiles, triton.cdiv(self.B, unit), self.processors)
         examples = triton.cdiv(triton.cdiv(self.B, unit), parts) * unit
         parts = triton.cdiv(self.B, examples)
+        moments = [v for v in (self.out, self.first) if v is not None]
         if parts == 1:
-            places = [None if x is None else x.unsqueeze(0) for x in (out, first)]
-            return self._kernel(tile, (tiles, 1), examples, places, scale)
-        space = out.new_empty(1 if first is None else 2, parts, self.O, self.I)
-        self._kernel(tile, (tiles, parts), examples, [space[0], None if first is None else space[1]], None)
-        add_parts(out.unsqueeze(0), space[0], scale)
-        if first is not None:
-            add_parts(first.unsqueeze(0), space[1], scale)
-
-    def _kernel(
-        self, tile: Tile, grid: tuple[int, int], examples: int, places: list[Tensor | None], scale: float | None
-    ) -> None:
-        """places: out and first as [parts, O, I]; scale is None where those are parts, written and not added to."""
-        out, first = places
-        assert out is not None
-        a, g, weights = self.a, self.g, self.weights
-        strides_b = a.stride(0), g.stride(0), 0 if weights is None else weights.stride(0)
-        strides = *out.stride(), *(out if first is None else first).stride()
+            places = [(0, *v.strides) for v in moments]
+        else:
+            places = [(self.O * self.I, self.I, 1) for _ in moments]
+        strides_w = 0 if self.weights is None else self.weights.strides[0]
         options = {
-            "ADD": scale is not None, "ABSOLUTE": self.absolute, "PRECISION": self.precision,
+            "ADD": parts == 1, "ABSOLUTE": self.absolute, "PRECISION": self.precision,
             "BLOCK_O": tile.o, "BLOCK_I": tile.i, "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
-        scale = 1.0 if scale is None else scale
+        strides = *places[0], *places[-1]
         if self.single:
-            products_kernel[grid](
-                out, first, a, g, weights, self.a_max, self.g_max, scale, self.B, self.O, self.I, examples, *strides,
-                strides_b[0], a.stride(2), strides_b[1], g.stride(2), strides_b[2], **options, BLOCK_B=tile.t,
+            (a_b, _, a_i), (g_b, _, g_o) = self.a.strides, self.g.strides
+            sums = Launch(
+                products_kernel, (tiles, parts), self.B, self.O, self.I, examples, *strides,
+                a_b, a_i, g_b, g_o, strides_w, **options, BLOCK_B=tile.t,
             )  # fmt: skip
         else:
-            block_t = max(16, min(tile.t, triton.next_power_of_2(self.T)))
-            examples_kernel[grid](
-                out, first, a, g, weights, scale, self.B, self.T, self.O, self.I, examples, *strides,
-                *a.stride(), *g.stride(), strides_b[2], **options, BLOCK_T=block_t,
+            sums = Launch(
+                examples_kernel, (tiles, parts), self.B, self.T, self.O, self.I, examples, *strides,
+                *self.a.strides, *self.g.strides, strides_w,
+                **options, BLOCK_T=max(16, min(tile.t, triton.next_power_of_2(self.T))),
             )  # fmt: skip
+        if parts == 1:
+            return Launches(sums, None, [])
+        shape = 1, self.O, self.I
+        second = [adding(Layout(shape, (0, *v.strides), v.dtype), parts, self.O * self.I) for v in moments]
+        return Launches(sums, (len(moments), parts, self.O, self.I), second)
+
+
+_call = functools.lru_cache(maxsize=4096)(Call)
 
 
 def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -278,7 +323,8 @@ def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         a, g = torch.zeros(2, T, 256, dtype=dtype), torch.zeros(2, T, 256, dtype=dtype)
         out, weights = torch.zeros(256, 256, dtype=wide), torch.zeros(2, dtype=wide)
         first = torch.zeros_like(out) if with_first else None
-        call = Launch(a, g, weights, False, with_first)
+        call = _call(*layouts(out, first, a, g, weights), False, precision(dtype), out.device, processors(out))
+        operands = call.operands(a, g, weights)
         for tile in call.tiles:
             title = f"{tile}, first moment" if with_first else f"{tile}"
-            yield title, functools.partial(call.launch, tile, out, first, 1.0)
+            yield title, functools.partial(call.launch, tile, [out, first], operands, 1.0)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unlearn_fast.ops._triton import add_parts, finish, moment, processors
+from unlearn_fast.ops._triton import Launch, Layout, adding, finish, layouts, moment, processors
 
 ELEMENTS = 2048  # of a block: with 4 warps, 16 a thread and operand
 
@@ -100,47 +100,82 @@ def sum_grad_squared_scale_(
     """The operator; its arguments have been checked."""
     if grad_outputs.numel() == 0:
         return
+    tensors = out, first, inputs, grad_outputs, weights
     with torch.cuda.device_of(out):
-        x, g = inputs, grad_outputs
+        _call(*layouts(*tensors), absolute, processors(out))(*tensors, scale)
+
+
+class Call:
+    """The launches of a call, for tensors of these layouts."""
+
+    def __init__(
+        self,
+        out: Layout,
+        first: Layout | None,
+        x: Layout | None,
+        g: Layout,
+        weights: Layout | None,
+        absolute: bool,
+        processors: int,
+    ) -> None:
         B, T, C = g.shape
         block_b, block_t, block_c = blocks(g)
-        columns, wanted = triton.cdiv(C, block_c), 4 * processors(out)
+        columns, wanted = triton.cdiv(C, block_c), 4 * processors
         ranges = min(triton.cdiv(T, block_t), wanted // (columns * B))
+        self.positions = None
         if ranges > 1:
             positions = triton.cdiv(triton.cdiv(T, ranges), block_t) * block_t
             ranges = triton.cdiv(T, positions)
-            sums = out.new_empty(B, ranges, C)
-            positions_kernel[(columns, ranges, B)](
-                sums, x, g, B, T, C, positions, *_strides(x), *g.stride(), BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4
-            )
-            x, g, T = None, sums, ranges
+            self.positions = Launch(
+                positions_kernel, (columns, ranges, B), B, T, C, positions, *_strides(x), *g.strides,
+                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
+            )  # fmt: skip
+            x, g, T = None, Layout((B, ranges, C), (ranges * C, C, 1), out.dtype), ranges
             block_b, block_t, block_c = blocks(g)
             columns = triton.cdiv(C, block_c)
+        self.sums = g.shape
         steps = triton.cdiv(B, block_b)
         examples = triton.cdiv(steps, max(1, min(steps, wanted // columns))) * block_b
-        parts = triton.cdiv(B, examples)
+        self.parts = parts = triton.cdiv(B, examples)
+        self.space = (1 if first is None else 2, parts, C)
+        places = [(0, *v.strides) if parts == 1 else (C, 1) for v in (out, out if first is None else first)]
+        self.channels = Launch(
+            channels_kernel, (columns, parts), B, T, C, examples, *places[0], *places[1], *_strides(x), *g.strides,
+            0 if weights is None else weights.strides[0], ADD=parts == 1, ABSOLUTE=absolute,
+            BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
+        )  # fmt: skip
+        self.adding = [
+            adding(Layout((1, 1, C), (0, 0, *v.strides), v.dtype), parts, C) for v in (out, first) if v is not None
+        ]
 
-        def launch(out: Tensor, first: Tensor | None, add: bool) -> None:
-            channels_kernel[(columns, parts)](
-                out, first, x, g, weights, scale, B, T, C, examples, *out.stride(),
-                *(out if first is None else first).stride(), *_strides(x), *g.stride(),
-                0 if weights is None else weights.stride(0), ADD=add, ABSOLUTE=absolute,
-                BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
-            )  # fmt: skip
+    def __call__(
+        self,
+        out: Tensor,
+        first: Tensor | None,
+        x: Tensor | None,
+        g: Tensor,
+        weights: Tensor | None,
+        scale: float,
+    ) -> None:
+        if self.positions is not None:
+            sums = out.new_empty(self.sums)
+            self.positions((sums, x, g))
+            x, g = None, sums
+        if self.parts == 1:
+            return self.channels((out, first, x, g, weights), scale)
+        space = out.new_empty(self.space)
+        self.channels((space[0], None if first is None else space[1], x, g, weights), scale)
+        for add, place, parts in zip(self.adding, (out, first), space, strict=False):
+            add((place, parts), scale)
 
-        if parts == 1:
-            return launch(out.unsqueeze(0), None if first is None else first.unsqueeze(0), True)
-        space = out.new_empty(1 if first is None else 2, parts, C)
-        launch(space[0], None if first is None else space[1], False)
-        add_parts(out[None, None], space[0], scale)
-        if first is not None:
-            add_parts(first[None, None], space[1], scale)
+
+_call = functools.lru_cache(maxsize=4096)(Call)
 
 
-def blocks(g: Tensor) -> tuple[int, int, int]:
+def blocks(g: Layout) -> tuple[int, int, int]:
     """Examples, positions and channels of a block: long along the axis that is contiguous in memory."""
     B, T, C = (triton.next_power_of_2(n) for n in g.shape)
-    if g.stride(1) == 1 and g.stride(2) != 1:
+    if g.strides[1] == 1 and g.strides[2] != 1:
         block_t = min(T, 256)
         block_c = min(C, ELEMENTS // block_t)
     else:
@@ -149,8 +184,8 @@ def blocks(g: Tensor) -> tuple[int, int, int]:
     return min(B, ELEMENTS // (block_t * block_c)), block_t, block_c
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()
+def _strides(x: Layout | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.strides
 
 
 def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -162,6 +197,6 @@ def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         if shape[2] > shape[1] > 1:  # channels first
             g = g.transpose(1, 2)
         out, weights = torch.zeros(g.shape[2], dtype=wide), torch.zeros(len(g), dtype=wide)
-        title = " x ".join(map(str, blocks(g))) + (", first moment" if with_first else "")
+        title = " x ".join(map(str, blocks(*layouts(g)))) + (", first moment" if with_first else "")
         call = (out, g, g, weights, torch.zeros_like(out) if with_first else None, 1.0, False)
         yield title, functools.partial(sum_grad_squared_scale_, *call)
