@@ -1,6 +1,7 @@
 """Checks of arguments that several operators share. An error names the argument, what was wrong, what is right."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, float16, float32, float64, int32, int64
@@ -135,8 +136,14 @@ def layer_tensors(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
         )
 
 
+def without_graph(*tensors: Tensor | None) -> list[Any]:
+    """The same values, in which autograd takes no interest."""
+    return [t.detach() if t is not None and t.requires_grad else t for t in tensors]
+
+
 def written(*tensors: Tensor | None) -> None:
     """Tells autograd what was changed: operators registered through the stable ABI do not."""
-    for tensor in tensors:
-        if tensor is not None and not torch.compiler.is_compiling() and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)

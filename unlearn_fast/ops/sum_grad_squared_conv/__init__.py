@@ -12,7 +12,6 @@ from unlearn_fast.ops import _checks
 Lengths = int | Sequence[int]
 
 
-@torch.no_grad()
 def sum_grad_squared_conv_(
     out: Tensor,  # [O, C / groups, *kernel]
     inputs: Tensor,  # [B, C, *in] or [B, W, C, *in]
@@ -61,9 +60,8 @@ def sum_grad_squared_conv_(
     warn_if_slow(out.device.type, "sum_grad_squared_conv_")
     if inputs.dim() == out.dim():
         inputs, grad_outputs = inputs.unsqueeze(1), grad_outputs.unsqueeze(1)
-    layer = (t.detach() for t in (out, inputs, grad_outputs))
-    moments = (None if t is None else t.detach() for t in (weights, first))
-    torch.ops.unlearn_fast.sum_grad_squared_conv_(*layer, *settings, groups, *moments, scale, absolute)
+    layer, moments = _checks.without_graph(out, inputs, grad_outputs), _checks.without_graph(weights, first)
+    torch.ops.unlearn_fast.sum_grad_squared_conv_.default(*layer, *settings, groups, *moments, scale, absolute)
     _checks.written(out, first)
     return out
 

@@ -8,7 +8,6 @@ from unlearn_fast._library import fake, implement, warn_if_slow
 from unlearn_fast.ops import _checks
 
 
-@torch.no_grad()
 def sum_grad_squared_embedding_(
     out: Tensor,  # [V, H]
     tokens: Tensor,  # [B, T]
@@ -44,12 +43,10 @@ def sum_grad_squared_embedding_(
         RuntimeError: a token is V or above. After any error `out` and `first` are unchanged.
     """
     _check(out, tokens, grad_outputs)
-    _checks.moments(out, first, weights, len(tokens))
+    _checks.moments(out, first, weights, tokens.shape[0])
     warn_if_slow(out.device.type, "sum_grad_squared_embedding_")
-    optional = [None if x is None else x.detach() for x in (weights, first)]
-    torch.ops.unlearn_fast.sum_grad_squared_embedding_(
-        out.detach(), tokens, grad_outputs.detach(), *optional, scale, absolute
-    )
+    tensors = _checks.without_graph(out, tokens, grad_outputs, weights, first)
+    torch.ops.unlearn_fast.sum_grad_squared_embedding_.default(*tensors, scale, absolute)
     _checks.written(out, first)
     return out
 

@@ -8,7 +8,6 @@ from unlearn_fast._library import fake, implement, warn_if_slow
 from unlearn_fast.ops import _checks
 
 
-@torch.no_grad()
 def sum_grad_squared_linear_(
     out: Tensor,  # [O, I]
     inputs: Tensor,  # [B, T, I] or [B, I]
@@ -44,8 +43,8 @@ def sum_grad_squared_linear_(
     _check(out, inputs, grad_outputs)
     _checks.moments(out, first, weights, inputs.shape[0])
     warn_if_slow(out.device.type, "sum_grad_squared_linear_")
-    tensors = (None if t is None else t.detach() for t in (out, inputs, grad_outputs, weights, first))
-    torch.ops.unlearn_fast.sum_grad_squared_linear_(*tensors, scale, absolute)
+    tensors = _checks.without_graph(out, inputs, grad_outputs, weights, first)
+    torch.ops.unlearn_fast.sum_grad_squared_linear_.default(*tensors, scale, absolute)
     _checks.written(out, first)
     return out
 

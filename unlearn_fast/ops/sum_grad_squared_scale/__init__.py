@@ -8,7 +8,6 @@ from unlearn_fast._library import fake, implement, warn_if_slow
 from unlearn_fast.ops import _checks
 
 
-@torch.no_grad()
 def sum_grad_squared_scale_(
     out: Tensor,  # [C]
     inputs: Tensor | None,  # [B, T, C], or None: ones
@@ -43,12 +42,10 @@ def sum_grad_squared_scale_(
             memory; `out` and `first` are then unchanged.
     """
     _check(out, inputs, grad_outputs)
-    _checks.moments(out, first, weights, len(grad_outputs))
+    _checks.moments(out, first, weights, grad_outputs.shape[0])
     warn_if_slow(out.device.type, "sum_grad_squared_scale_")
-    inputs, weights_, first_ = (None if x is None else x.detach() for x in (inputs, weights, first))
-    torch.ops.unlearn_fast.sum_grad_squared_scale_(
-        out.detach(), inputs, grad_outputs.detach(), weights_, first_, scale, absolute
-    )
+    tensors = _checks.without_graph(out, inputs, grad_outputs, weights, first)
+    torch.ops.unlearn_fast.sum_grad_squared_scale_.default(*tensors, scale, absolute)
     _checks.written(out, first)
     return out
 
