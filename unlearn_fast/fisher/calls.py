@@ -113,9 +113,14 @@ def all_tensors(value: Any) -> list[Tensor]:
     """In nested tuples and lists."""
     if isinstance(value, Tensor):
         return [value]
+    found: list[Tensor] = []
     if isinstance(value, (tuple, list)):
-        return [t for part in value for t in all_tensors(part)]
-    return []
+        for part in value:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, (tuple, list)):
+                found += all_tensors(part)
+    return found
 
 
 def shapes_of(result: Any) -> list[tuple[int, ...]]:

@@ -53,7 +53,7 @@ class Expression:
     @classmethod
     def of_parameter(cls, name: str, param: Tensor) -> "Expression":
         contiguous = param if param.is_contiguous() else torch.empty(param.shape, device="meta")
-        return cls(name, param, region=Region(tuple(param.shape), tuple(contiguous.stride()), 0))
+        return cls(name, param, region=Region(param.shape, contiguous.stride(), 0))
 
     def pull_back(self, gradients: Tensor) -> list[Tensor]:
         """[m, *own shape] -> [m, *shape] for each parent."""

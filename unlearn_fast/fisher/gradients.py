@@ -51,7 +51,7 @@ class Moments:
         return replace(self, second=second, first=None if self.first is None else view(self.first))
 
     def shaped(self, shape: Sequence[int]) -> "Moments":
-        return self.map(lambda t: t if t.shape == shape else t.view(shape))
+        return self if self.second.shape == shape else self.map(lambda t: t.view(shape))
 
     def of_examples(self, start: int, stop: int) -> "Moments":
         return self if self.weights is None else replace(self, weights=self.weights[start:stop])
@@ -107,13 +107,13 @@ class Dense(PerExampleGradient):
     """G_b = values[b]: small parameters, whose uses were expanded over the examples."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.n, self.shape = values, len(values), tuple(values.shape[1:])
+        self.values, self.n, self.shape = values, values.shape[0], values.shape[1:]
 
     def sources(self) -> list[Tensor]:
         return [self.values]
 
     def dense(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop]
+        return _between(self.values, start, stop)
 
 
 class Scaled(PerExampleGradient):
@@ -130,7 +130,7 @@ class Scaled(PerExampleGradient):
         make: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.inputs, self.grads, self.make = inputs, grads, make
-        self.n, self.shape = len(grads), tuple(shape)
+        self.n, self.shape = grads.shape[0], tuple(shape)
 
     def sources(self) -> list[Tensor]:
         return [self.grads]
@@ -141,18 +141,18 @@ class Scaled(PerExampleGradient):
         return products.sum(1, dtype=wide(grads)).reshape(-1, *self.shape)
 
     def add_to(self, moments: Moments) -> None:
-        flat = moments.shaped((self.grads.shape[-1],))
+        flat = moments.shaped(self.grads.shape[-1:])
         for start, stop in self._steps() if self.make else [(0, self.n)]:
             part = flat.of_examples(start, stop)
-            inputs, grads = _same_dtype(self._inputs(start, stop), self.grads[start:stop])
+            inputs, grads = _same_dtype(self._inputs(start, stop), _between(self.grads, start, stop))
             sum_grad_squared_scale_(part.second, inputs, grads, **part.options)
 
     def _inputs(self, start: int, stop: int) -> Tensor | None:
-        part = None if self.inputs is None else self.inputs[start:stop]
+        part = None if self.inputs is None else _between(self.inputs, start, stop)
         return part if part is None or self.make is None else self.make(part)
 
     def _example_size(self) -> int:
-        return self.grads[:1].numel()
+        return math.prod(self.grads.shape[1:])
 
 
 class Outer(PerExampleGradient):
@@ -160,7 +160,7 @@ class Outer(PerExampleGradient):
 
     def __init__(self, inputs: Tensor, grads: Tensor) -> None:  # [n, T, I], [n, T, O]
         self.inputs, self.grads = _same_dtype(inputs, grads)
-        self.n, self.shape = len(grads), (grads.shape[-1], inputs.shape[-1])
+        self.n, self.shape = grads.shape[0], (grads.shape[-1], inputs.shape[-1])
 
     def sources(self) -> list[Tensor]:
         return [self.grads]
@@ -299,6 +299,11 @@ class Tied(Total):
         shared.index_add_(0, place, self.embedding.grads[b][held].to(dtype))
         moments.add(shared[None], rows=tokens)
         grads[:, tokens] = 0
+
+
+def _between(t: Tensor, start: int, stop: int) -> Tensor:
+    """The examples [start, stop)."""
+    return t if stop - start == t.shape[0] else t[start:stop]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

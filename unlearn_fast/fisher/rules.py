@@ -44,7 +44,7 @@ def rule_for(*functions: Any) -> Callable[[Rule], Rule]:
 
 def _rows(t: Tensor, width: int) -> Tensor:
     """[n, ..., width] -> [n, T, width]."""
-    return t.reshape(len(t), -1, width)
+    return t if t.dim() == 3 and t.shape[2] == width else t.reshape(t.shape[0], -1, width)
 
 
 def _channels(t: Tensor, spatial: int) -> Tensor:

@@ -86,8 +86,8 @@ class Trace(Watch):
         return places
 
     def _use(self, func: Any, args: Any, kwargs: Any, places: Places) -> Any:
-        ranks = tuple(t.dim() for t in all_tensors(args) if id(t) not in self.known)
-        key = (func, ranks, *((place, e.key) for place, e in places.items()))
+        ranks = tuple([t.dim() for t in all_tensors(args) if id(t) not in self.known])
+        key = (func, ranks, *[(place, e.key) for place, e in places.items()])
         order, decision = self._decision(key, lambda planner: planner.decide(key, func, args, kwargs, places))
         match decision.kind:
             case Kind.RULE:
@@ -142,7 +142,7 @@ class Trace(Watch):
         if (
             uses is None
             or not self._fits(result, front, key, decision.inner)
-            or not all(self._fits(t, front) for t in kept)
+            or not all([self._fits(t, front) for t in kept])
         ):
             self.unplanned = True
             return result
@@ -151,7 +151,7 @@ class Trace(Watch):
         forms = [(expression, use.form, len(use.keep)) for expression, use in uses.items()]
 
         def receive(gradient: Tensor, *kept: Tensor) -> None:
-            gradient, *parts = (self._split(t, front, decision.inner) for t in (gradient, *kept))
+            gradient, *parts = [self._split(t, front, decision.inner) for t in (gradient, *kept)]
             for expression, form, count in forms:
                 own, parts = parts[:count], parts[count:]
                 self._arrived(expression, form(gradient, *own))
@@ -199,15 +199,11 @@ class Trace(Watch):
         expressions: Iterable[Expression],
         kept: Sequence[Tensor] = (),
     ) -> Tensor:
-        def receive_unwatched(*tensors: Tensor) -> None:
-            if self.in_backward:  # not in one that the losses run themselves
-                with unwatched():
-                    receive(*tensors)
-
         if not self.in_backward:
-            for root in (root for e in expressions for root in e.roots):
-                self.uses[root] += 1
-        return _Tap.apply(self.trigger, value, receive_unwatched, *kept)
+            for e in expressions:
+                for root in e.roots:
+                    self.uses[root] += 1
+        return _Tap.apply(self.trigger, value, self, receive, *kept)
 
     def _fits(self, t: Tensor, axis: int, key: Hashable = None, inner: bool | None = False) -> bool:
         """Whether the axis can be divided among the examples; with a key, into as many entries as were checked, in an
@@ -286,8 +282,7 @@ class Trace(Watch):
         expression.gradients.append(gradient)
         for root in expression.roots:
             self.waiting[root] -= 1
-        root, *others = expression.roots
-        if not others and not self.waiting[root] and root not in self.joint:
+        if len(expression.roots) == 1 and not self.waiting[root] and root not in self.joint:
             self._settle(self.of_root[root])
 
     def _settle(self, expressions: Sequence[Expression]) -> None:
@@ -310,13 +305,18 @@ class _Tap(torch.autograd.Function):
     """Identity whose backward hands over the loss gradient, with what was kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, trigger: Tensor, value: Tensor, receive: Callable[..., None], *kept: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, trigger: Tensor, value: Tensor, trace: Trace, receive: Callable[..., None], *kept: Tensor
+    ) -> Tensor:
         # Kept through the context: an in-place change of it afterwards is then an error, not a wrong result.
         ctx.save_for_backward(*kept)
-        ctx.receive, ctx.kept = receive, len(kept)
+        ctx.trace, ctx.receive, ctx.nothing = trace, receive, [None] * (2 + len(kept))
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.receive(gradient, *ctx.saved_tensors)
-        return None, gradient, None, *[None] * ctx.kept
+        kept = ctx.saved_tensors  # also where nothing is received: what changed in place is an error
+        if ctx.trace.in_backward:  # not in one that the losses run themselves
+            with unwatched():
+                ctx.receive(gradient, *kept)
+        return None, gradient, *ctx.nothing
