@@ -61,9 +61,14 @@ class Accumulation:
         """Standard error of the means, relative to them, both as norms over all parameters; inf where it is unknown."""
         if "batch" not in self.tensors or self.batches < FEWEST_BATCHES:
             return math.inf
-        variance = sum(float(t.sum(dtype=torch.float64)) for t in self.tensors["deviations"].values())
-        size = sum(float(t.double().square().sum()) for t in self.tensors["second"].values()) / self.examples**2
+        variance = sum(_numbers([t.sum(dtype=torch.float64) for t in self.tensors["deviations"].values()]))
+        size = sum(_numbers([t.double().square().sum() for t in self.tensors["second"].values()])) / self.examples**2
         return math.sqrt(variance / (self.batches - 1) / self.examples / size) if size > 0 else math.inf
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """Their values: read together, since reading waits for the device."""
+    return torch.stack([t.to(scalars[0].device) for t in scalars]).tolist() if scalars else []
 
 
 class Checkpoint:

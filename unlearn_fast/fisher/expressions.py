@@ -7,6 +7,7 @@ own form; everything else is pulled back by autograd, some examples at a time.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -138,16 +139,17 @@ def gradients_of(expressions: Sequence[Expression]) -> Iterator[tuple[str, Parts
                 regions = {}
                 break
             regions.setdefault(e.region, []).extend(e.gradients)
-        if own and (not regions or not _disjoint(list(regions), root.tensor)):
+        if own and (not regions or not _disjoint(tuple(regions), root.tensor.shape)):
             yield str(root.key), [(whole, PulledBack(root, expressions))]
         else:
             yield str(root.key), [(region, total(uses)) for region, uses in regions.items()]
 
 
-def _disjoint(regions: Sequence[Region], param: Tensor) -> bool:
+@lru_cache(maxsize=4096)
+def _disjoint(regions: tuple[Region, ...], shape: tuple[int, ...]) -> bool:
     if len(regions) == 1:
         return True
-    marks = torch.zeros(param.shape, dtype=torch.bool, device=param.device)
+    marks = torch.zeros(shape, dtype=torch.bool)
     for region in regions:
         part = region.of(marks)
         if bool(part.any()):

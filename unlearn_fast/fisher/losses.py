@@ -30,6 +30,7 @@ def classification_losses(model: nn.Module, batch: Any, labels: str = "true") ->
     """
     _check_labels(labels, ("true", "sampled", "all"))
     inputs, target = _inputs_and_target(batch) if labels == "true" else (_inputs_alone(batch), None)
+    target = None if target is None else target.to(_device(model))  # now: later it would wait for the model's kernels
     logits = _logits(_call(model, inputs))
     if logits.dim() != 2:
         raise ValueError(
@@ -70,8 +71,10 @@ def causal_lm_losses(model: nn.Module, batch: Any, labels: str = "true") -> Tens
     config = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         inputs.setdefault("use_cache", False)
+    shifted = torch.nn.functional.pad(target[:, 1:], (0, 1), value=-100)
+    shifted = shifted.to(_device(model))  # now: later it would wait for the model's kernels
     logits = _logits(_call(model, inputs))
-    shifted = torch.nn.functional.pad(target[:, 1:], (0, 1), value=-100).to(logits.device)
+    shifted = shifted.to(logits.device)
     if labels == "sampled":
         shifted = torch.where(shifted == -100, shifted, _sampled(logits))
     count = (shifted != -100).sum(-1)
@@ -88,7 +91,7 @@ def _sampled(logits: Tensor) -> Tensor:  # [..., C] -> [...]
     order: the rows of a batch draw the same whatever rows follow them."""
     with torch.no_grad():
         sums = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).cumsum(-1)
-        u = torch.rand(logits.shape[:-1].numel(), dtype=torch.float64).to(logits.device, sums.dtype)
+        u = torch.rand(logits.shape[:-1].numel(), dtype=torch.float64).to(logits.device, sums.dtype, non_blocking=True)
         u = u.view(*logits.shape[:-1], 1) * sums[..., -1:]
         return torch.searchsorted(sums, u, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
@@ -119,8 +122,12 @@ def _inputs_alone(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def _call(model: nn.Module, inputs: Any) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     if isinstance(inputs, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
     return model(inputs.to(device))
