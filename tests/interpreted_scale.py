@@ -47,7 +47,7 @@ def test_channels_first(shape):
 
 
 @pytest.mark.parametrize("processors", [1, 3, 200])
-@pytest.mark.parametrize("shape", [(9, 5, 3), (2, 900, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 5, 3), (2, 900, 5), (1000, 2, 17)], ids=str)
 def test_any_split(processors, shape, monkeypatch):
     monkeypatch.setattr(_triton, "INTERPRETED_PROCESSORS", processors)
     check(randn(*shape, dtype=torch.float64), randn(*shape, dtype=torch.float64, seed=9), True, True)

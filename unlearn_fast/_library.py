@@ -5,6 +5,7 @@ Implementations register themselves with PyTorch's dispatcher: the CPU key is se
 (CompositeExplicitAutograd).
 """
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -144,11 +145,12 @@ else:
 def _implement_in_triton(name: str) -> None:
     """Registers a function for the CUDA key that imports triton at its first call, and not before."""
 
-    def launch(*arguments: Any) -> Any:
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
         folder = name.rstrip("_").removesuffix("_backward")
-        return getattr(importlib.import_module(f"unlearn_fast.ops.{folder}.triton"), name)(*arguments)
+        return getattr(importlib.import_module(f"unlearn_fast.ops.{folder}.triton"), name)
 
-    LIBRARY.impl(name, launch, "CUDA")
+    LIBRARY.impl(name, lambda *arguments: launcher()(*arguments), "CUDA")
 
 
 _triton = importlib.util.find_spec("triton")

@@ -20,6 +20,7 @@ from torch import Tensor
 from unlearn_fast.ops._triton import Launch, Layout, adding, finish, layouts, moment, processors
 
 ELEMENTS = 2048  # of a block: with 4 warps, 16 a thread and operand
+FEW = 8  # blocks that one program reads in less time than a further launch takes
 
 
 @triton.jit
@@ -135,7 +136,8 @@ class Call:
             columns = triton.cdiv(C, block_c)
         self.sums = g.shape
         steps = triton.cdiv(B, block_b)
-        examples = triton.cdiv(steps, max(1, min(steps, wanted // columns))) * block_b
+        few = steps * triton.cdiv(T, block_t) <= FEW
+        examples = triton.cdiv(steps, 1 if few else max(1, min(steps, wanted // columns))) * block_b
         self.parts = parts = triton.cdiv(B, examples)
         self.space = (1 if first is None else 2, parts, C)
         places = [(0, *v.strides) if parts == 1 else (C, 1) for v in (out, out if first is None else first)]
