@@ -283,22 +283,41 @@ class Tied(Total):
     def add_to(self, moments: Moments) -> None:
         n, T, V = self.head.grads.shape
         step = max(1, WORKSPACE_BYTES // max(1, T * V * self.head.grads.element_size()))
+        tokens = DistinctTokens(self.embedding.tokens)
         for start in range(0, n, step):
             grads = self.head.grads[start : start + step].clone()
             for b, example_grads in enumerate(grads, start):
-                self._add_shared_rows(b, example_grads, moments.of_examples(b, b + 1))
+                self._add_shared_rows(b, tokens, example_grads, moments.of_examples(b, b + 1))
             stop = start + len(grads)
             Outer(self.head.inputs[start:stop], grads).add_to(moments.of_examples(start, stop))
 
-    def _add_shared_rows(self, b: int, grads: Tensor, moments: Moments) -> None:
+    def _add_shared_rows(self, b: int, tokens: "DistinctTokens", grads: Tensor, moments: Moments) -> None:
         """Adds the rows of the tokens in example b, and zeroes these in the head's gradients [T, V]."""
-        dtype = moments.second.dtype
-        held = self.embedding.tokens[b] >= 0
-        tokens, place = self.embedding.tokens[b][held].unique(return_inverse=True)
-        shared = grads[:, tokens].to(dtype).T @ self.head.inputs[b].to(dtype)
-        shared.index_add_(0, place, self.embedding.grads[b][held].to(dtype))
-        moments.add(shared[None], rows=tokens)
-        grads[:, tokens] = 0
+        dtype, rows = moments.second.dtype, tokens.rows[b]
+        of_head = grads[:, rows]
+        shared = of_head.to(dtype).T @ self.head.inputs[b].to(dtype)
+        shared.index_add_(0, tokens.place[b], self.embedding.grads[b][tokens.order[b]].to(dtype))
+        moments.add(shared.masked_fill_(tokens.empty[b].unsqueeze(1), 0)[None], rows=rows)
+        grads[:, rows] = of_head.masked_fill_(tokens.any[b], 0)
+
+
+class DistinctTokens:
+    """The distinct tokens of each example, in as many places as it has positions: counting them would wait for a GPU.
+
+    What is left of the places is empty, and stands for the row of the largest token once more.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:  # [n, T], negative: none
+        ordered, self.order = tokens.sort(dim=1, stable=True)
+        begins = torch.ones_like(ordered, dtype=torch.bool)
+        begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        self.place = begins.cumsum(1) - 1  # of each of the ordered tokens
+        largest = ordered[:, -1:]
+        rows = largest.expand_as(ordered).scatter(1, self.place, ordered)
+        behind = torch.arange(ordered.shape[1], device=ordered.device) > self.place[:, -1:]
+        self.empty = behind | (rows < 0)
+        self.rows = torch.where(rows < 0, largest, rows).clamp(min=0)
+        self.any = largest.squeeze(1) >= 0  # whether the example has tokens at all
 
 
 def _between(t: Tensor, start: int, stop: int) -> Tensor:
