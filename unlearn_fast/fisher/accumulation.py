@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,12 +61,12 @@ class Accumulation:
         """Standard error of the means, relative to them, both as norms over all parameters; inf where it is unknown."""
         if "batch" not in self.tensors or self.batches < FEWEST_BATCHES:
             return math.inf
-        variance = sum(_numbers([t.sum(dtype=torch.float64) for t in self.tensors["deviations"].values()]))
-        size = sum(_numbers([t.double().square().sum() for t in self.tensors["second"].values()])) / self.examples**2
+        variance = sum(numbers([t.sum(dtype=torch.float64) for t in self.tensors["deviations"].values()]))
+        size = sum(numbers([t.double().square().sum() for t in self.tensors["second"].values()])) / self.examples**2
         return math.sqrt(variance / (self.batches - 1) / self.examples / size) if size > 0 else math.inf
 
 
-def _numbers(scalars: list[Tensor]) -> list[float]:
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Their values: read together, since reading waits for the device."""
     return torch.stack([t.to(scalars[0].device) for t in scalars]).tolist() if scalars else []
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_fast.fisher.accumulation import numbers
 from unlearn_fast.fisher.batches import examples, in_own_containers, tensors_in, with_first_again
 from unlearn_fast.fisher.calls import unwatched
 from unlearn_fast.fisher.checking import LAXER, Comparison, random_weights, same_losses
@@ -84,24 +85,29 @@ class PerExample:
         fast = {name: p for name, p in self._fast().items() if name not in done}
         if self.plan is None or not fast:
             return True
-        trace, unproved = Trace(self.model, fast, n, self.plan), set[str]()
+        trace, arrived = Trace(self.model, fast, n, self.plan), dict[str, list[Tensor]]()
         with trace.watching(self.model):
             values, weights = self._losses(batch, n)
             if trace.unplanned:
                 return False
             for k in range(values.shape[1]):
-                adder = self._adder(_column(weights, k), unproved)
+                adder = self._adder(_column(weights, k), arrived)
                 trace.backward(values[:, k].sum(), adder, retain_graph=_more(values, k))
+        # All at once, since reading them waits for the device.
+        flags = iter(numbers([t for found in arrived.values() for t in found]))
+        unproved = {name for name, found in arrived.items() if any([next(flags) for _ in found])}
         done.update(fast.keys() - unproved)
         return not unproved
 
-    def _adder(self, weights: Tensor | None, unproved: set[str]) -> Deliver:
+    def _adder(self, weights: Tensor | None, arrived: dict[str, list[Tensor]]) -> Deliver:
+        """Of parameters that no check has proved, tells in `arrived` whether they have gradients; zeros add nothing."""
+
         def deliver(expressions: Sequence[Expression]) -> None:
             for name, parts in gradients_of(expressions):
-                if name not in self.proved and any(bool(t.any()) for _, g in parts for t in g.sources()):
-                    unproved.add(name)
-                else:
+                if name in self.proved:
                     add_moments(self._weighted(name, weights), parts)
+                else:
+                    arrived.setdefault(name, []).extend(t.any() for _, g in parts for t in g.sources())
 
         return deliver
 
