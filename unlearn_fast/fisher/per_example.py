@@ -5,7 +5,7 @@ before; on every batch where data-dependent indexing may move examples.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class PerExample:
         warn: bool = True,
     ) -> None:
         self.model, self.parameters, self.losses, self.moments, self.warn = model, parameters, losses, moments, warn
+        self.expressions = {name: Expression.of_parameter(name, p) for name, p in parameters.items()}
         self.plan: Plan | None = None
         self.proved: set[str] = set()  # parameters whose gradients a check has seen, and found right
         self.slow: dict[str, str] = {}  # parameter -> why it goes the one-example way
@@ -85,7 +86,7 @@ class PerExample:
         fast = {name: p for name, p in self._fast().items() if name not in done}
         if self.plan is None or not fast:
             return True
-        trace, arrived = Trace(self.model, fast, n, self.plan), dict[str, list[Tensor]]()
+        trace, arrived = self._trace(fast, n, self.plan), dict[str, list[Tensor]]()
         with trace.watching(self.model):
             values, weights = self._losses(batch, n)
             if trace.unplanned:
@@ -98,6 +99,9 @@ class PerExample:
         unproved = {name for name, found in arrived.items() if any([next(flags) for _ in found])}
         done.update(fast.keys() - unproved)
         return not unproved
+
+    def _trace(self, names: Iterable[str], n: int, plan: Plan, planner: Planner | None = None) -> Trace:
+        return Trace(self.model, [self.expressions[name] for name in names], n, plan, planner)
 
     def _adder(self, weights: Tensor | None, arrived: dict[str, list[Tensor]]) -> Deliver:
         """Of parameters that no check has proved, tells in `arrived` whether they have gradients; zeros add nothing."""
@@ -136,7 +140,7 @@ class PerExample:
             _, comparison = self._ordinary(batch, n)
         comparison.slack = LAXER
         with self._same_random_numbers():
-            trace = Trace(self.model, self._fast(), n, self.plan)
+            trace = self._trace(self._fast(), n, self.plan)
             self._subtract(comparison, trace, batch, n)
         wrong = [name for name in comparison.disagreeing() if name in self.proved]
         if wrong and not trace.unplanned:
@@ -161,7 +165,7 @@ class PerExample:
             self.slow.update(dict.fromkeys(fast, "the losses depend on the other examples of the batch"))
             return set()
         plan = Plan()
-        trace = Trace(self.model, fast, n, plan, Planner(plan, record, n))
+        trace = self._trace(fast, n, plan, Planner(plan, record, n))
         self._subtract(comparison, trace, batch, n)
         self.plan = self.plan or Plan()
         self.plan.learn(plan)

@@ -28,14 +28,16 @@ class Trace(Watch):
     """One forward and its backwards over n examples, by a plan or together with the planner that makes one."""
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], n: int, plan: Plan, planner: Planner | None = None
+        self, model: nn.Module, parameters: Sequence[Expression], n: int, plan: Plan, planner: Planner | None = None
     ) -> None:
         super().__init__()
         self.model, self.n, self.plan, self.planner = model, n, plan, planner
         self.trigger = torch.zeros((), requires_grad=True)
-        self.expressions = [Expression.of_parameter(name, p) for name, p in parameters.items()]  # parents first
-        self.known = {id(e.tensor): e for e in self.expressions}
-        self.of_root = {str(e.key): [e] for e in self.expressions}
+        self.expressions = list(parameters)  # parents first
+        self.known = {id(e.tensor): e for e in parameters}
+        self.of_root = {str(e.key): [e] for e in parameters}
+        for e in parameters:
+            e.gradients = []  # another trace may have been left half done
         self.order: Counter[Hashable] = Counter()  # how often each key occurred
         self.uses: Counter[str] = Counter()  # of each parameter
         self.last: Any = None  # function that was called
