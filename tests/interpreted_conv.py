@@ -102,7 +102,7 @@ def test_every_tile(dtype):
     sizes, exact = gradients(x.abs(), g.abs(), shape, options), gradients(x, g, shape, options)
     for first in (False, True):
         before = sums(shape, 2, dtype, True, first)
-        call = conv.Launch(x.unsqueeze(3), g.flatten(3), (1, 3, 6), geometry, before[1], False, first)
+        call = conv.Call(x.unsqueeze(3), g.flatten(3), (1, 3, 6), geometry, before[1], False, first)
         for tile in call.tiles:
             parts = [None if p is None else p.sum(0).transpose(1, 2).reshape(shape) for p in call.launch(tile)]
             places = [None if p is None else v + 0.3 * p for p, v in zip(parts, (before[0], before[2]), strict=True)]

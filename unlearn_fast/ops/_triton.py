@@ -152,6 +152,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+@lru_cache(maxsize=4096)
 def default_tile(tiles: Sequence[Tile], O: int, I: int) -> Tile:  # noqa: E741
     """The tile that computes least beyond an [O, I] output; where that is equal a larger one, which loads less."""
 

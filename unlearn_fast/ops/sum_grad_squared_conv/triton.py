@@ -23,11 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from unlearn_fast.ops._triton import (
+    Launch,
+    Layout,
     Tile,
     add_parts,
     choose,
     default_tile,
     fitting,
+    layouts,
     moment,
     precision,
     processors,
@@ -189,13 +192,13 @@ def sum_grad_squared_conv_(
         )
         positions = (*ones, *g.shape[3:])
         flat = [None if v is None else v.flatten(2) for v in (out, first)]  # a copy, where memory has no such view
-        Launch(x, g.flatten(3), positions, geometry, weights, absolute, first is not None).run(flat, scale)
+        Call(x, g.flatten(3), positions, geometry, weights, absolute, first is not None).run(flat, scale)
         for v, place in zip((out, first), flat, strict=True):
             if v is not None and place is not None and place.data_ptr() != v.data_ptr():
                 v.copy_(place.view(v.shape))
 
 
-class Launch:
+class Call:
     """One call's operands, and what depends on them."""
 
     def __init__(
@@ -233,25 +236,45 @@ class Launch:
 
     def launch(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         """The sums over each range of examples, [ranges, groups * O, taps, C], and those of the first moment."""
-        x, g, shape = self.x, self.g, self.geometry
-        mixed, single = triton.cdiv(self.C * self.taps, tile.i), self.taps * triton.cdiv(self.C, tile.i)
-        one_tap = single <= 1.25 * mixed
-        tiles = shape.groups * triton.cdiv(self.O, tile.o) * (single if one_tap else mixed)
-        examples = triton.cdiv(self.B, splits(tiles, self.B, processors(x)))
-        ranges = triton.cdiv(self.B, examples)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        space = x.new_empty(1 + self.with_first, ranges, shape.groups * self.O, self.taps, self.C, dtype=wide)
-        parts, parts_first = space[0], space[1] if self.with_first else None
-        images_kernel[(tiles, ranges)](
-            parts, parts_first, x, g, self.weights, self.B, self.T, self.O, self.C, examples,
-            g.shape[3], *self.positions[1:],
-            *x.shape[3:], *shape.kernel, *shape.stride, *shape.padding, *shape.dilation,
-            parts.stride(0), *x.stride(), *g.stride(), 0 if self.weights is None else self.weights.stride(0),
-            ABSOLUTE=self.absolute, PRECISION=self.precision, AXES=shape.axes, PADDED=any(shape.padding),
-            ONE_TAP=one_tap, ONE_IMAGE=g.shape[1] == 1, BLOCK_O=tile.o, BLOCK_I=tile.i,
-            BLOCK_T=max(16, min(tile.t, triton.next_power_of_2(self.T))), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        x, g, weights = self.x, self.g, self.weights
+        settings = self.absolute, self.with_first, self.precision, processors(x)
+        images, space = _images(*layouts(x, g, weights), self.positions, self.geometry, tile, *settings)
+        parts = x.new_empty(space, dtype=torch.promote_types(x.dtype, torch.float32))
+        parts, parts_first = parts[0], parts[1] if self.with_first else None
+        images((parts, parts_first, x, g, weights))
         return parts, parts_first
+
+
+@functools.lru_cache(maxsize=4096)
+def _images(
+    x: Layout,
+    g: Layout,
+    weights: Layout | None,
+    positions: tuple[int, ...],
+    shape: Geometry,
+    tile: Tile,
+    absolute: bool,
+    with_first: bool,
+    precision: str,
+    processors: int,
+) -> tuple[Launch, tuple[int, ...]]:
+    """A call's launch, and the shape of its workspace."""
+    C, O = x.shape[2] // shape.groups, g.shape[2] // shape.groups
+    B, T, taps = x.shape[0], g.shape[1] * g.shape[3], math.prod(shape.kernel)
+    mixed, single = triton.cdiv(C * taps, tile.i), taps * triton.cdiv(C, tile.i)
+    one_tap = single <= 1.25 * mixed
+    tiles = shape.groups * triton.cdiv(O, tile.o) * (single if one_tap else mixed)
+    examples = triton.cdiv(B, splits(tiles, B, processors))
+    ranges = triton.cdiv(B, examples)
+    launch = Launch(
+        images_kernel, (tiles, ranges), B, T, O, C, examples, g.shape[3], *positions[1:],
+        *x.shape[3:], *shape.kernel, *shape.stride, *shape.padding, *shape.dilation,
+        shape.groups * O * taps * C, *x.strides, *g.strides, 0 if weights is None else weights.strides[0],
+        ABSOLUTE=absolute, PRECISION=precision, AXES=shape.axes, PADDED=any(shape.padding),
+        ONE_TAP=one_tap, ONE_IMAGE=g.shape[1] == 1, BLOCK_O=tile.o, BLOCK_I=tile.i,
+        BLOCK_T=max(16, min(tile.t, triton.next_power_of_2(T))), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return launch, (1 + with_first, ranges, shape.groups * O, taps, C)
 
 
 def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -261,7 +284,7 @@ def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         geometry = Geometry((1, 1, 1), (0, 1, 1), (1, 1, 1), (1, 3, 3), 1, 2)
         x, g = torch.zeros(2, 1, channels, 1, 16, 16, dtype=dtype), torch.zeros(2, 1, 256, 256, dtype=dtype)
         for with_first in (False, True):
-            call = Launch(x, g, (1, 16, 16), geometry, torch.zeros(2, dtype=wide), False, with_first)
+            call = Call(x, g, (1, 16, 16), geometry, torch.zeros(2, dtype=wide), False, with_first)
             for tile in call.tiles:
                 mixed = "" if channels >= tile.i else ", taps mixed"
                 title = f"{tile}{mixed}" + (", first moment" if with_first else "")
