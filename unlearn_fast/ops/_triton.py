@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 WORTH_TUNING = 2**31  # floating-point operations of a call; below, the default tile serves and nothing is measured
 INTERPRETED_PROCESSORS = 6  # of the GPU that CPU tensors, that is the interpreter, pretend to run on
@@ -73,6 +74,26 @@ def add_parts(out: Tensor, parts: Tensor, scale: float) -> None:
     )
 
 
+@triton.jit(do_not_specialize=["n"])
+def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    """x *= factor, unless it is 1: then nothing is read nor written. Programs take every so many-th block."""
+    by = tl.load(factor)
+    if by != 1:
+        wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+            offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(x + offs, mask=offs < n).to(wide) * by.to(wide)
+            tl.store(x + offs, value.to(x.dtype.element_ty), mask=offs < n)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, for contiguous x and a number on the same device, which the CPU need not know."""
+    block = 4096
+    with torch.cuda.device_of(x):
+        grid = min(triton.cdiv(max(1, x.numel()), block), 8 * processors(x))
+        scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+
+
 @lru_cache(maxsize=4096)
 def splits(tiles: int, steps: int, processors: int) -> int:
     """Into how many parts a sum over `steps` is split, so that tiles * parts programs end soonest.
@@ -96,6 +117,28 @@ def fitting(tiles: Sequence[Tile], like: Tensor) -> tuple[Tile, ...]:
     limit = _shared_memory(like.device.index)
     fit = tuple(t for t in tiles if (t.o + t.i) * t.t * t.stages * like.element_size() <= limit)
     return fit or tuple(tiles[-1:])
+
+
+def boxes(x: Tensor) -> bool:
+    """Whether the GPU's copy engine can load blocks of x, [.., .., columns], by itself."""
+    if not x.is_cuda or _capability(x.device.index) < (9, 0):
+        return False
+    *outer, last = zip(x.shape, x.stride(), strict=True)
+    steps = [stride * x.element_size() for size, stride in outer if size > 1]
+    return last[1] == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x, loaded [1, rows, columns] at a time; what lies outside of x is 0."""
+    whole = -(-x.shape[2] * x.element_size() // 16) * 16 // x.element_size()  # a stride for an axis of size 1
+    row = x.stride(1) if x.shape[1] > 1 else whole
+    strides = [x.stride(0) if x.shape[0] > 1 else row * x.shape[1], row, 1]
+    return TensorDescriptor(x, list(x.shape), strides, [1, rows, columns])
+
+
+@lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache

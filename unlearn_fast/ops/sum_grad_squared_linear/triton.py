@@ -6,6 +6,8 @@ Work: one program an output tile and a range of examples. It streams through its
 so that the loads of the next example run during this one's last products. The example's gradient and the running sums
 stay in registers; the square costs a multiplication and an addition an element for the T multiply-adds of the main
 loop. Ranges of examples are added in a second stage, in order.
+Where the GPU has a copy engine for blocks of tensors (sm_90 and later), it loads those of 16 bits: on an H200 that is
+up to 1.3 times as fast as loads by the threads, whose addresses and masks take registers and instructions.
 One position an example (T = 1) is the plain product of squares: the examples then take the place of positions.
 """
 # ruff: noqa: E741 (O and I are axes)
@@ -22,6 +24,8 @@ from torch import Tensor
 from unlearn_fast.ops._triton import (
     Tile,
     add_parts,
+    box,
+    boxes,
     choose,
     default_tile,
     finish,
@@ -40,7 +44,12 @@ TILES = {
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
     "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
     "float64": (Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
-}
+    # The largest one's running sums do not all fit into registers: they are touched once an example, which pays where
+    # examples are long.
+    "boxes": (
+        Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4),
+    ),
+}  # fmt: skip
 TILES_WITH_FIRST = {kind: tuple(t for t in tiles if t.o * t.i <= 128 * 64) for kind, tiles in TILES.items()}
 PRODUCT_TILES = {  # T = 1
     "tf32x3": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 16, 4, 3)),
@@ -62,17 +71,19 @@ def examples_kernel(
     B, T, O, I, examples,  # examples: of a program
     out_s, out_o, out_i, first_s, first_o, first_i,
     a_b, a_t, a_i, g_b, g_t, g_o, weights_b,
-    ADD: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr, BOXES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
+    """BOXES: a and g are descriptors, whose strides the copy engine knows."""
     tiles_i = tl.cdiv(I, BLOCK_I)
     o0 = (tl.program_id(0) // tiles_i).to(tl.int64) * BLOCK_O
     i0 = (tl.program_id(0) % tiles_i).to(tl.int64) * BLOCK_I
     split = tl.program_id(1).to(tl.int64)
     offs_o, offs_i, offs_t = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_T)
     mask_o, mask_i = o0 + offs_o < O, i0 + offs_i < I
-    a_tile = a + i0 * a_i + (offs_t.to(tl.int64)[:, None] * a_t + offs_i.to(tl.int64)[None, :] * a_i)
-    g_tile = g + o0 * g_o + (offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t)
+    if not BOXES:
+        a_tile = a + i0 * a_i + (offs_t.to(tl.int64)[:, None] * a_t + offs_i.to(tl.int64)[None, :] * a_i)
+        g_tile = g + o0 * g_o + (offs_o.to(tl.int64)[:, None] * g_o + offs_t.to(tl.int64)[None, :] * g_t)
     gradient = tl.zeros([BLOCK_O, BLOCK_I], out.dtype.element_ty)
     total = gradient
     if first is not None:
@@ -82,9 +93,14 @@ def examples_kernel(
     steps = (tl.minimum(b + examples, B) - b) * tl.cdiv(T, BLOCK_T)
     t = b * 0
     for _ in range(steps):
-        mask_t = t + offs_t < T
-        a_values = tl.load(a_tile + (b * a_b + t * a_t), mask=mask_t[:, None] & mask_i[None, :], other=0)
-        g_values = tl.load(g_tile + (b * g_b + t * g_t), mask=mask_o[:, None] & mask_t[None, :], other=0)
+        if BOXES:
+            at = b.to(tl.int32), t.to(tl.int32)
+            a_values = a.load([at[0], at[1], i0.to(tl.int32)]).reshape(BLOCK_T, BLOCK_I)
+            g_values = g.load([at[0], at[1], o0.to(tl.int32)]).reshape(BLOCK_T, BLOCK_O).T
+        else:
+            mask_t = t + offs_t < T
+            a_values = tl.load(a_tile + (b * a_b + t * a_t), mask=mask_t[:, None] & mask_i[None, :], other=0)
+            g_values = tl.load(g_tile + (b * g_b + t * g_t), mask=mask_o[:, None] & mask_t[None, :], other=0)
         gradient = product(g_values, a_values, gradient, PRECISION)
         last = t + BLOCK_T >= T
         if last:
@@ -196,20 +212,25 @@ def sum_grad_squared_linear_(
     if inputs.dim() == 2:
         inputs, grad_outputs = inputs.unsqueeze(1), grad_outputs.unsqueeze(1)
     with torch.cuda.device_of(out):
-        Launch(inputs, grad_outputs, weights, absolute, first is not None).run(out, first, scale)
+        by_boxes = inputs.element_size() == 2 and inputs.shape[1] > 1 and boxes(inputs) and boxes(grad_outputs)
+        Launch(inputs, grad_outputs, weights, absolute, first is not None, by_boxes).run(out, first, scale)
 
 
 class Launch:
     """One call's operands, and what depends on them."""
 
-    def __init__(self, a: Tensor, g: Tensor, weights: Tensor | None, absolute: bool, with_first: bool) -> None:
-        self.a, self.g, self.weights, self.absolute = a, g, weights, absolute
+    def __init__(
+        self, a: Tensor, g: Tensor, weights: Tensor | None, absolute: bool, with_first: bool, by_boxes: bool = False
+    ) -> None:
+        self.a, self.g, self.weights, self.absolute, self.by_boxes = a, g, weights, absolute, by_boxes
         (self.B, self.T, self.I), self.O = a.shape, g.shape[-1]
         self.single = self.T == 1
         self.precision = precision(a.dtype)
         kind = {2: "16 bit", 4: self.precision, 8: "float64"}[a.element_size()]
         if self.single and kind == "16 bit":
             kind = self.precision = "tf32x3"  # a 16-bit float's square has more digits than TF32: two pieces hold it
+        if by_boxes:
+            kind = "boxes"
         tiles = (PRODUCT_TILES, PRODUCT_TILES_WITH_FIRST) if self.single else (TILES, TILES_WITH_FIRST)
         self.tiles = fitting(tiles[with_first][kind], a)
         if self.single and not absolute:
@@ -220,7 +241,8 @@ class Launch:
             self.a_max = self.g_max = None
 
     def run(self, out: Tensor, first: Tensor | None, scale: float) -> None:
-        key = (self.O, self.I, self.single, self.precision, self.a.dtype, first is None, self.a.device)
+        steps = (self.T - 1).bit_length()  # how long examples are decides, too
+        key = (self.O, self.I, steps, self.precision, self.by_boxes, self.a.dtype, first is None, self.a.device)
         work = 2 * self.B * self.T * self.O * self.I
 
         def measure(tile: Tile) -> None:
@@ -265,20 +287,24 @@ class Launch:
             )  # fmt: skip
         else:
             block_t = max(16, min(tile.t, triton.next_power_of_2(self.T)))
+            read = (box(a, block_t, tile.i), box(g, block_t, tile.o)) if self.by_boxes else (a, g)
             examples_kernel[grid](
-                out, first, a, g, weights, scale, self.B, self.T, self.O, self.I, examples, *strides,
-                *a.stride(), *g.stride(), strides_b[2], **options, BLOCK_T=block_t,
+                out, first, *read, weights, scale, self.B, self.T, self.O, self.I, examples, *strides,
+                *a.stride(), *g.stride(), strides_b[2], **options, BOXES=self.by_boxes, BLOCK_T=block_t,
             )  # fmt: skip
 
 
 def shipped(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every configuration that a call may use: its title, and a launch (see unlearn_fast.ops.resources)."""
     wide = torch.promote_types(dtype, torch.float32)
-    for T, with_first in itertools.product((64, 1), (False, True)):
+    for T, with_first, by_boxes in itertools.product((64, 1), (False, True), (False, True)):
+        if by_boxes and (T == 1 or dtype.itemsize != 2):
+            continue
         a, g = torch.zeros(2, T, 256, dtype=dtype), torch.zeros(2, T, 256, dtype=dtype)
         out, weights = torch.zeros(256, 256, dtype=wide), torch.zeros(2, dtype=wide)
         first = torch.zeros_like(out) if with_first else None
-        call = Launch(a, g, weights, False, with_first)
+        call = Launch(a, g, weights, False, with_first, by_boxes)
         for tile in call.tiles:
-            title = f"{tile}, first moment" if with_first else f"{tile}"
+            title = f"{tile}, boxes" if by_boxes else f"{tile}"
+            title += ", first moment" if with_first else ""
             yield title, functools.partial(call.launch, tile, out, first, 1.0)
