@@ -61,18 +61,18 @@ def full() -> list[Case]:
 def on_gpu() -> list[Case]:
     """The standard shapes there."""
     return [
-        *tokens.on_gpu(),
         *linear.on_gpu(),
         sum_grad_squared_linear(64, 128, 1024, 4096, BFLOAT16),
         sum_grad_squared_linear(16, 1024, 4096, 4096, BFLOAT16),
+        *fisher.on_gpu(),
+        *tokens.on_gpu(),
+        dampen(1_000_000_000, share=0.5),
+        dampen(1_000_000_000, share=0.001),
+        dampen(1_000_000_000, share=0.5, dtype=BFLOAT16),
         sum_grad_squared_linear(32, 197, 768, 3072),
         sum_grad_squared_embedding(16, 1024, 2048, 128_256, BFLOAT16),
         sum_grad_squared_scale(32, 197, 768),
         sum_grad_squared_conv(256, 64, 64, size=32, kernel=3),
-        dampen(1_000_000_000, share=0.5),
-        dampen(1_000_000_000, share=0.001),
-        dampen(1_000_000_000, share=0.5, dtype=BFLOAT16),
-        *fisher.on_gpu(),
     ]
 
 

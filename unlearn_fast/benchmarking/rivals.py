@@ -84,7 +84,9 @@ def unique_sum_grad_squared_embedding_(out: Tensor, tokens: Tensor, grad_outputs
     V = len(out)
     pairs = (tokens + V * torch.arange(len(tokens), device=tokens.device).unsqueeze(1)).flatten()
     distinct, index = pairs.unique(return_inverse=True)
-    gradients = grad_outputs.new_zeros(len(distinct), out.shape[1]).index_add_(0, index, grad_outputs.flatten(0, 1))
+    gradients = out.new_zeros(len(distinct), out.shape[1]).index_add_(
+        0, index, grad_outputs.flatten(0, 1).to(out.dtype)
+    )
     out.index_add_(0, distinct % V, gradients.square_())
 
 
@@ -94,9 +96,10 @@ def sorted_sum_grad_squared_embedding_(out: Tensor, tokens: Tensor, grad_outputs
     pairs, order = (tokens + V * torch.arange(len(tokens)).unsqueeze(1)).flatten().sort()
     new = torch.cat([pairs.new_zeros(1), (pairs[1:] != pairs[:-1]).long()])
     index = new.cumsum(0)
-    gradients = grad_outputs.new_zeros(len(pairs), H).index_add_(0, index, grad_outputs.reshape(-1, H)[order])
-    rows = torch.zeros_like(pairs).scatter_(0, index, pairs % V)  # unused gradients are 0, and are added to row 0
-    out.index_add_(0, rows, gradients.square())
+    rows = grad_outputs.reshape(-1, H)[order].to(out.dtype)
+    gradients = out.new_zeros(len(pairs), H).index_add_(0, index, rows)
+    words = torch.zeros_like(pairs).scatter_(0, index, pairs % V)  # unused gradients are 0, and are added to row 0
+    out.index_add_(0, words, gradients.square())
 
 
 def sum_square_sum_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
