@@ -30,14 +30,13 @@ SPILLED = {"examples, 128 x 256 x 64, 8 warps, 3 stages, boxes": 192}
 def test_no_register_is_spilled(operator, kind, architecture):
     seen = 0
     for title, recorded in resources.shipped(operator, kind):
-        by_boxes = recorded.options.get("BOXES", False)
-        if by_boxes and architecture < 90:
+        if not recorded.serves(architecture):
             continue
         kernel = resources.compiled(recorded, architecture)
         found = resources.usage(kernel)
         assert found.stack <= SPILLED.get(title, 0), f"{title}: {found}"
         stages = recorded.options.get("num_stages", recorded.options.get("STAGES", 0))
-        if by_boxes:
+        if recorded.options.get("BOXES"):
             assert kernel.asm["ttgir"].count("async_tma_copy_global_to_local") > 2, title
         elif stages > 2 and recorded.options.get("TOGETHER", True):
             assert loads_in_flight(kernel) > 0, title
