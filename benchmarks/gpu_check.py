@@ -45,17 +45,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--bench-seconds", type=float, default=240, help="limit of the benchmarks (default: 240)")
+    parser.add_argument("--test-seconds", type=float, default=240, help="limit of the tests (default: 240)")
     parser.add_argument("--workers", type=int, default=1, help="of the tests, where pytest-xdist is installed")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no GPU here: the Triton kernels are interpreted and compiled only")
         return subprocess.run([*PYTEST, *WITHOUT_GPU], cwd=ROOT).returncode
+    for name in ("tests.txt", "sanitizer.txt"):
+        (arguments.out / name).unlink(missing_ok=True)
     steps = [
         resources(),
-        tests(arguments.out / "tests.txt", arguments.workers),
-        *(sanitizer(tool, arguments.out / "sanitizer.txt") for tool in ("memcheck", "racecheck", "initcheck")),
+        tests(arguments.out / "tests.txt", arguments.workers, arguments.test_seconds),
         bench(arguments.out, arguments.bench_seconds),
+        *(sanitizer(tool, arguments.out / "sanitizer.txt") for tool in ("memcheck", "racecheck", "initcheck")),
     ]
     record = {"versions": info.versions(), "machine": info.machine(), "steps": [asdict(step) for step in steps]}
     (arguments.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -80,10 +83,10 @@ def resources() -> Step:
     return step
 
 
-def tests(file: Path, workers: int) -> Step:
+def tests(file: Path, workers: int, limit: float) -> Step:
     step = Step("tests")
     parallel = ["-n", str(workers)] if workers > 1 else []
-    text = _run(step, [*PYTEST, "--noconftest", *parallel, *TESTS], file, 180)
+    text = _run(step, [*PYTEST, "--noconftest", *parallel, *TESTS], file, limit)
     step.facts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", text)}
     return step
 
@@ -126,7 +129,7 @@ def _run(step: Step, command: list[str], file: Path | None, limit: float, *, app
     step.seconds = time.perf_counter() - start
     if file is not None:
         with file.open("a" if append else "w") as output:
-            output.write(f"$ {' '.join(command)}\n{text}\n")
+            output.write(f"{' '.join(command[1:])}\n{text}\n")
     return text
 
 

@@ -47,9 +47,11 @@ TILES = {
     # The largest one's running sums do not all fit into registers: they are touched once an example, which pays where
     # examples are long.
     "boxes": (
-        Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 6), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
     ),
 }  # fmt: skip
+IN_REGISTERS = 128 * 128  # elements of a tile
 TILES_WITH_FIRST = {kind: tuple(t for t in tiles if t.o * t.i <= 128 * 64) for kind, tiles in TILES.items()}
 PRODUCT_TILES = {  # T = 1
     "tf32x3": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 16, 4, 3)),
@@ -248,7 +250,8 @@ class Launch:
         def measure(tile: Tile) -> None:
             self.launch(tile, torch.empty_like(out), None if first is None else torch.empty_like(out), scale)
 
-        tile = choose(key, self.tiles, default_tile(self.tiles, self.O, self.I), out, work, measure)
+        default = default_tile([tile for tile in self.tiles if tile.o * tile.i <= IN_REGISTERS], self.O, self.I)
+        tile = choose(key, self.tiles, default, out, work, measure)
         self.launch(tile, out, first, scale)
 
     def launch(self, tile: Tile, out: Tensor, first: Tensor | None, scale: float) -> None:
