@@ -60,12 +60,13 @@ def full() -> list[Case]:
 def on_gpu() -> list[Case]:
     N, sizes = 8192, (32_000, 128_256, 151_936, 262_144)
     return [
-        *(forward(N, V, dtype) for dtype in (BFLOAT16, FLOAT32) for V in sizes),
-        *(backward(N, V, dtype) for dtype in (BFLOAT16, FLOAT32) for V in sizes),
+        *(way(N, V, BFLOAT16) for V in sizes for way in (forward, backward)),
+        _with_libraries(cross_entropy(N, 128_256, BFLOAT16)),
+        token_kl(N // 2, 128_256, BFLOAT16),
+        *(way(N, V, FLOAT32) for V in sizes for way in (forward, backward)),
+        token_kl(N // 2, 128_256, FLOAT32),
         token_logprobs(N, 128_256, BFLOAT16, inplace=True),
         token_statistics(N, 128_256, BFLOAT16),
-        *(token_kl(N // 2, 128_256, dtype) for dtype in (BFLOAT16, FLOAT32)),
-        _with_libraries(cross_entropy(N, 128_256, BFLOAT16)),
     ]
 
 
