@@ -6,6 +6,7 @@
 .PHONY: help venv demo test check bench gpu-check clean
 
 PYTHON ?= python3
+OUT ?= out/gpu
 TOOLS := import torch, numpy, pytest, pybind11, safetensors, tqdm
 ifeq ($(origin PYTHON),file)
   PREPARED :=
@@ -27,7 +28,7 @@ help:
 	@echo "make test       run every test (at most 12 minutes on 2 cores)"
 	@echo "make check      ruff, clang-format, mypy"
 	@echo "make bench      time every operator against its rivals"
-	@echo "make gpu-check  check the CUDA operators (needs a GPU)"
+	@echo "make gpu-check  on a GPU: tests, sanitizer and benchmarks; results go to OUT=folder (default: out/gpu)"
 	@echo "make venv       only prepare .venv; make clean removes what was built"
 
 venv: $(BUILT)
@@ -48,9 +49,7 @@ bench: $(BUILT)
 	$(RUN) -m unlearn_fast bench
 
 gpu-check: $(BUILT)
-	@$(RUN) -c "import torch, sys; torch.cuda.is_available() or sys.exit('gpu-check needs a GPU: torch sees none here')"
-	$(RUN) -m pytest -o addopts= -q --noconftest tests/test_gpu.py tests/test_triton_gpu.py tests/test_triton_rows_gpu.py
-	$(RUN) -m unlearn_fast verify
+	$(RUN) benchmarks/gpu_check.py $(OUT)
 
 clean:
 	rm -rf .venv build dist *.egg-info unlearn_fast/*.so unlearn_fast/_build.json

@@ -66,6 +66,22 @@ def test_every_tile(dtype, leading, first):
         assert_moments(out, mean, before, gradients(a, g), gradients(a.abs(), g.abs()), False, 0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("weights", "first", "absolute"), MOMENTS)
+@pytest.mark.parametrize(("B", "T", "rows"), [(1, 40, 40), (3, 40, 48), (2, 70, 70)])
+def test_every_tile_by_boxes(dtype, weights, first, absolute, B, T, rows):
+    """Blocks that reach beyond the end of an example, of the columns, and of the tensor; rows that lie apart."""
+    a = randn(B, rows, 136, dtype=dtype)[:, :T, :130]
+    g = randn(B, rows, 72, dtype=dtype, seed=9)[:, :T, :70]
+    before = sums((70, 130), B, dtype, weights, first)
+    layouts = _triton.layouts(before[0], before[2], a, g, before[1])
+    call = linear.Call(*layouts, absolute, "ieee", a.device, _triton.processors(a), by_boxes=True)
+    for tile in call.tiles:
+        out, mean = (None if x is None else x.clone() for x in (before[0], before[2]))
+        call.launch(tile, [out, mean], call.operands(a, g, before[1]), 0.3)
+        assert_moments(out, mean, before, gradients(a, g), gradients(a.abs(), g.abs()), absolute, 0.3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("leading", [(3, 7), (6,)], ids=str)
 def test_strides(layout, leading):
@@ -110,3 +126,15 @@ def test_a_hostile_value_shows_in_its_own_column_only(leading, value):
     others = torch.arange(20) != 17
     assert torch.equal(out[:, others], clean[:, others])
     assert not out[:, 17].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.3, 0.0, float("nan")])
+@pytest.mark.parametrize("n", [1, 4096, 60_001])
+def test_scaling_in_place(dtype, factor, n):
+    """Of gradients by the upstream one: a small part of every linear operator's loss."""
+    x, by = randn(n, dtype=dtype), torch.tensor(factor)
+    expected = (x.to(torch.promote_types(dtype, torch.float32)) * by).to(dtype)
+    _triton.scale_(x, by)
+    rounding = torch.finfo(dtype).eps if x.element_size() == 2 else 0  # the interpreter cuts digits off
+    torch.testing.assert_close(x, expected, rtol=rounding, atol=0, equal_nan=True)

@@ -133,5 +133,5 @@ def test_more_than_two_to_the_31_elements():
     r = torch.ones(n, dtype=torch.bfloat16, device="cuda")
     f[-3000:] = 4
     report = unlearn_fast.dampen_([p], [f], [r], alpha=2.0)
-    assert report.selected == 3000
+    assert report.total.selected == 3000
     assert (p[-3000:] == 0.25).all() and (p[:-3000] == 1).all()

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
+from unlearn_fast import verify
+from unlearn_fast.scenarios import scenarios
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 
-def test_operators_are_as_accurate_as_on_the_cpu():
-    from unlearn_fast import verify
-
-    checks = list(verify.run_checks(["cuda"]))
+@pytest.mark.parametrize("operator", dict.fromkeys(scenario.operator for scenario in scenarios()))
+def test_as_accurate_as_on_the_cpu(operator):
+    checks = list(verify.run_checks(["cuda"], operator))
     assert checks
     assert not [check for check in checks if not check.passed]
 

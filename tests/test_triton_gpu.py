@@ -81,6 +81,17 @@ def test_in_a_cuda_graph(name):
     assert torch.equal(arguments[0], once)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.3, float("nan")])
+def test_scaling_in_place(dtype, factor):
+    from unlearn_fast.ops import _triton
+
+    x, by = randn(3_000_001, dtype=dtype).cuda(), torch.tensor(factor, device="cuda")
+    expected = x * by
+    _triton.scale_(x, by)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_measured_tiles(first):
     """Large enough to be measured, which must leave no trace in the sums."""
@@ -94,6 +105,30 @@ def test_measured_tiles(first):
     assert_near(out, gradients.square().sum(0).cpu())
     if mean is not None:
         assert_near(mean, gradients.sum(0).cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("B", "T", "O", "I"), [(5, 200, 136, 264), (1, 64, 128, 256), (3, 1000, 520, 72)], ids=str)
+def test_every_tile_by_boxes(dtype, first, B, T, O, I):  # noqa: E741
+    """What the copy engine loads, where there is one; of a view whose rows lie apart, too."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs sm_90")
+    from unlearn_fast.ops import _triton
+    from unlearn_fast.ops.sum_grad_squared_linear import triton as linear
+
+    a, g = randn(B, T + 3, I + 8, dtype=dtype).cuda(), randn(B, T, O, dtype=dtype).cuda()
+    a = a[:, :T, :I]
+    exact = g.double().transpose(1, 2) @ a.double()
+    sums = [torch.zeros(O, I, device="cuda"), torch.zeros(O, I, device="cuda") if first else None]
+    layouts = _triton.layouts(*sums, a, g, None)
+    call = linear.Call(*layouts, False, "ieee", a.device, _triton.processors(a), by_boxes=True)
+    for tile in call.tiles:
+        out, mean = (None if x is None else torch.zeros_like(x) for x in sums)
+        call.launch(tile, [out, mean], call.operands(a, g, None), 1.0)
+        assert_near(out, exact.square().sum(0).cpu())
+        if mean is not None:
+            assert_near(mean, exact.sum(0).cpu())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="smallest cases: shows that all works; the times mean little"
     )
+    bench.add_argument("--device", choices=DEVICES, default="cpu", help="where (default: cpu)")
     bench.add_argument("--case", metavar="TEXT", help="only the cases whose name contains TEXT")
     bench.add_argument("--no-rivals", action="store_true", help="only ours, the yardsticks and the ceilings")
     bench.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE", help="write JSON to FILE, or print it")
@@ -98,10 +99,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     from unlearn_fast.benchmarking import cases, report
     from unlearn_fast.benchmarking.measure import measure
 
+    _check_device(arguments.device, "bench")
     _check_bench(arguments, cases.operators())
     chosen = [
         case
-        for case in (cases.smallest() if arguments.quick else cases.full())
+        for case in cases.on(arguments.device, quick=arguments.quick)
         if (not arguments.operators or case.operator in arguments.operators) and (arguments.case or "") in case.name
     ]
     if not chosen:
@@ -109,7 +111,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.no_rivals:
-        chosen = [dataclasses.replace(case, rivals={}) for case in chosen]
+        chosen = [dataclasses.replace(case, rivals={}, libraries={}) for case in chosen]
     prints = arguments.json != STDOUT
     if prints:
         print(report.explained(chosen))
@@ -160,6 +162,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """The command that measures the same again."""
     words = ["unlearn_fast", "bench", *arguments.operators]
     words += ["--quick"] if arguments.quick else []
+    words += ["--device", arguments.device] if arguments.device != "cpu" else []
     words += ["--case", shlex.quote(arguments.case)] if arguments.case else []
     words += ["--no-rivals"] if arguments.no_rivals else []
     words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []

@@ -71,14 +71,16 @@ def relative_error(result: Tensor, exact: Tensor, cancels: bool = False) -> floa
     return errors.max().item() if errors.numel() else 0.0
 
 
-def run_checks(devices: Sequence[str] | None = None) -> Iterator[Check]:
-    """Every scenario in every dtype, on these devices: by default the CPU, and the GPU where there is one."""
+def run_checks(devices: Sequence[str] | None = None, operator: str | None = None) -> Iterator[Check]:
+    """Every scenario in every dtype, or one operator's, on these devices: by default the CPU, and the GPU where there
+    is one.
+    """
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device, scenario in itertools.product(devices, scenarios()):
-        for dtype in scenario.dtypes:
+        for dtype in scenario.dtypes if operator in (None, scenario.operator) else ():
             yield from _check(scenario, dtype, device)
-    for device, exponent in itertools.product(devices, (1.0, 2.0, 3.0)):
+    for device, exponent in itertools.product(devices, (1.0, 2.0, 3.0) if operator in (None, "dampen_") else ()):
         yield _check_released_bits(device, exponent)
 
 

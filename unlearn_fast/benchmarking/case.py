@@ -61,9 +61,12 @@ class Case:
     yardsticks: Mapping[str, Run] = field(
         default_factory=dict
     )  # other work, for scale; checked against its float64 self
+    libraries: Mapping[str, Run] = field(default_factory=dict)  # rivals that others maintain, where installed
     variant: str = ""
     overwritten: tuple[str, ...] = ()  # inputs that a run may change: each run gets its own copy of them
     baseline: str = ""  # the yardstick whose time is the unit of the report, where it is not ours
+    device: str = "cpu"
+    with_host: bool = False  # on a GPU, the time includes what Python takes to launch the work
 
     @property
     def name(self) -> str:
@@ -74,7 +77,8 @@ class Case:
         """Ours first."""
         rivals = [Entrant(name, "rival", run, self.exact) for name, run in self.rivals.items()]
         yardsticks = [Entrant(name, "yardstick", run, in_float64(run)) for name, run in self.yardsticks.items()]
-        return [Entrant("ours", "ours", self.ours, self.exact), *rivals, *yardsticks]
+        libraries = [Entrant(name, "library", run, self.exact) for name, run in self.libraries.items()]
+        return [Entrant("ours", "ours", self.ours, self.exact), *rivals, *libraries, *yardsticks]
 
     def weighed(self) -> "tuple[Case, ...]":
         """The cases whose peak memory is reported with this one."""
@@ -107,8 +111,8 @@ class Case:
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random inputs, the same for a case in every process."""
-    return case.inputs(torch.Generator().manual_seed(zlib.crc32(case.name.encode())))
+    """Random inputs on the case's device, the same for a case in every process."""
+    return case.inputs(torch.Generator(case.device).manual_seed(zlib.crc32(case.name.encode())))
 
 
 def forward_backward(function: Callable[..., Tensor], *arguments: str, **options: Any) -> Run:
@@ -157,14 +161,40 @@ def error(results: Results, exact: Results) -> float:
 def _error(result: Tensor | None, exact: Tensor | None) -> float:
     if result is None or exact is None or result.shape != exact.shape:
         return float("inf")
-    result, exact = result.detach(), exact.detach().double()
-    magnitude = exact.abs()
+    result, exact = result.detach(), exact.detach()
     smallest = torch.finfo(result.dtype).tiny  # where the truth is 0
-    relative = (result - exact).abs_() / magnitude.clamp_(min=max(magnitude.mean().item(), smallest))
-    return relative.nan_to_num_(nan=float("inf"), posinf=float("inf")).max().item()
+    least = max(exact.norm(1, dtype=torch.float64).item() / max(1, exact.numel()), smallest)
+    worst = 0.0
+    for part, truth in zip(_pieces(result), _pieces(exact), strict=True):
+        relative = (part - truth.double()).abs_() / truth.double().abs().clamp_(min=least)
+        worst = max(worst, relative.nan_to_num_(nan=float("inf"), posinf=float("inf")).max().item())
+    return worst
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Whose temporary tensors are small."""
+    return x.reshape(-1).split(1 << 26)
 
 
 def normal(
     generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False
 ) -> Tensor:
-    return torch.randn(shape, generator=generator).to(dtype).requires_grad_(requires_grad)
+    """On the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype).requires_grad_(requires_grad)
+
+
+def integers(generator: torch.Generator, below: int, *shape: int) -> Tensor:
+    return torch.randint(below, shape, generator=generator, device=generator.device)
+
+
+def by_rows(run: Run, *names: str, rows: int = 1024) -> Run:
+    """The same for work that is done row by row, some rows of the named inputs at a time, to spare memory."""
+
+    def in_pieces(x: Inputs) -> Results:
+        pieces = [
+            run({**x, **{n: x[n][i : i + rows].detach().requires_grad_(x[n].requires_grad) for n in names}})
+            for i in range(0, len(x[names[0]]), rows)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+    return in_pieces

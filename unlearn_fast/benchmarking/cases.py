@@ -1,5 +1,6 @@
 """Every benchmark case, for the command and for `benchmarks/`: ours, its rivals, and what the work costs."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -57,28 +58,53 @@ def full() -> list[Case]:
     ]
 
 
+def on_gpu() -> list[Case]:
+    """The standard shapes there."""
+    return [
+        *linear.on_gpu(),
+        sum_grad_squared_linear(64, 128, 1024, 4096, BFLOAT16),
+        sum_grad_squared_linear(16, 1024, 4096, 4096, BFLOAT16),
+        dampen(1_000_000_000, share=0.5),
+        dampen(1_000_000_000, share=0.001),
+        dampen(1_000_000_000, share=0.5, dtype=BFLOAT16),
+        *fisher.on_gpu(),
+        *tokens.on_gpu(),
+        sum_grad_squared_linear(32, 197, 768, 3072),
+        sum_grad_squared_embedding(16, 1024, 2048, 128_256, BFLOAT16),
+        sum_grad_squared_scale(32, 197, 768),
+        sum_grad_squared_conv(256, 64, 64, size=32, kernel=3),
+    ]
+
+
+def on(device: str, *, quick: bool = False) -> list[Case]:
+    """The cases of a device."""
+    if device == "cpu":
+        return smallest() if quick else full()
+    return [dataclasses.replace(case, device=device) for case in (smallest() if quick else on_gpu())]
+
+
 def operators() -> list[str]:
     return list(dict.fromkeys(case.operator for case in full()))
 
 
 def find(name: str) -> Case:
-    """The case of that name, those whose memory is measured with another included."""
+    """The case of that name on the CPU, those whose memory is measured with another included."""
     listed = smallest() + full()
     return next(case for case in [*listed, *(w for case in listed for w in case.weighed())] if case.name == name)
 
 
-def sum_grad_squared_linear(B: int, T: int | None, I: int, O: int) -> Case:  # noqa: E741
+def sum_grad_squared_linear(B: int, T: int | None, I: int, O: int, dtype: torch.dtype = FLOAT32) -> Case:  # noqa: E741
     """T None: one position an example, and no axis for it."""
     leading = (B,) if T is None else (B, T)
     einsum = rivals.einsum_product_of_squares_ if T is None else rivals.einsum_sum_grad_squared_
     return Case(
         operator="sum_grad_squared_linear_",
         shape=f"B {B}, {I} -> {O}" if T is None else f"B {B}, T {T}, {I} -> {O}",
-        dtype=FLOAT32,
+        dtype=dtype,
         inputs=lambda g: {
             "out": normal(g, O, I).square(),
-            "inputs": normal(g, *leading, I),
-            "grad_outputs": normal(g, *leading, O),
+            "inputs": normal(g, *leading, I, dtype=dtype),
+            "grad_outputs": normal(g, *leading, O, dtype=dtype),
         },
         overwritten=("out",),
         ours=_in_place(unlearn_fast.sum_grad_squared_linear_),
@@ -88,7 +114,7 @@ def sum_grad_squared_linear(B: int, T: int | None, I: int, O: int) -> Case:  # n
             "einsum": _in_place(einsum),
             "torch.compile": _in_place(compiled(einsum)),
         },
-        yardsticks={"ordinary weight gradient": _in_place(rivals.weight_gradient_)},
+        yardsticks={"ordinary weight gradient": lambda x: (rivals.weight_gradient(x["inputs"], x["grad_outputs"]),)},
         cost=Cost("the ordinary weight gradient: 2 B T I O", flops=2 * B * (T or 1) * I * O),
     )
 
@@ -131,22 +157,23 @@ def _in_place(function: Callable[..., Any], **settings: Any) -> Run:
     return run
 
 
-def sum_grad_squared_embedding(B: int, T: int, H: int, V: int) -> Case:
+def sum_grad_squared_embedding(B: int, T: int, H: int, V: int, dtype: torch.dtype = FLOAT32) -> Case:
     """Tokens as frequent as words are: the n-th most frequent one 1 / n times as often as the first."""
     frequency = 1 / torch.arange(1, V + 1)
 
     def inputs(g: torch.Generator) -> Inputs:
+        words = torch.randperm(V, generator=g, device=g.device)
         return {
             "out": normal(g, V, H).square(),
-            "inputs": torch.randperm(V, generator=g)[torch.multinomial(frequency, B * T, True, generator=g).view(B, T)],
-            "grad_outputs": normal(g, B, T, H),
+            "inputs": words[torch.multinomial(frequency.to(g.device), B * T, True, generator=g).view(B, T)],
+            "grad_outputs": normal(g, B, T, H, dtype=dtype),
         }
 
     distinct = V - (1 - frequency / frequency.sum()).pow(B * T).sum().item()  # expected
     return Case(
         operator="sum_grad_squared_embedding_",
         shape=f"B {B}, T {T}, [{V}, {H}]",
-        dtype=FLOAT32,
+        dtype=dtype,
         inputs=inputs,
         overwritten=("out",),
         ours=_in_place(unlearn_fast.sum_grad_squared_embedding_),
@@ -158,7 +185,7 @@ def sum_grad_squared_embedding(B: int, T: int, H: int, V: int) -> Case:
         },
         cost=Cost(
             "the gradients read, each row that occurs read and written: about (B T + 2 rows) H values",
-            bytes=int((B * T + 2 * distinct) * H * 4),
+            bytes=int((B * T * dtype.itemsize + 2 * distinct * 4) * H),
         ),
     )
 
@@ -185,14 +212,14 @@ def sum_grad_squared_scale(B: int, T: int, C: int, *, channels_first: bool = Fal
     )
 
 
-def dampen(P: int, *, share: float) -> Case:
+def dampen(P: int, *, share: float, dtype: torch.dtype = FLOAT32) -> Case:
     """Selects about `share` of the parameters, spread evenly."""
     return Case(
         operator="dampen_",
         shape=f"[{P}]",
-        dtype=FLOAT32,
+        dtype=dtype,
         variant=f"{share:g} selected",
-        inputs=lambda g: _importances(P, share, g),
+        inputs=lambda g: _importances(P, share, dtype, g),
         overwritten=("params",),
         ours=_dampened(_ours_dampen_),
         exact=_dampened(_reference_dampen_),  # in float32, as released: float64 would select others at the threshold
@@ -203,16 +230,16 @@ def dampen(P: int, *, share: float) -> Case:
         },
         cost=Cost(
             "f and r read; p read and written in the 64-byte lines where a value is selected",
-            bytes=int(8 * P * (2 - (1 - share) ** 16)),
+            bytes=int(P * (8 + 2 * dtype.itemsize * (1 - (1 - share) ** (64 // dtype.itemsize)))),
         ),
     )
 
 
-def _importances(P: int, share: float, generator: torch.Generator) -> Inputs:
+def _importances(P: int, share: float, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     """f / r is uniform around the threshold alpha = 2, with `share` above it."""
-    reference = torch.rand(P, generator=generator).add_(0.1)
-    ratio = torch.rand(P, generator=generator).add_(1 + share)
-    return {"params": normal(generator, P), "forget": ratio.mul_(reference), "reference": reference}
+    reference, ratio = (torch.rand(P, generator=generator, device=generator.device) for _ in range(2))
+    reference, ratio = reference.add_(0.1), ratio.add_(1 + share)
+    return {"params": normal(generator, P, dtype=dtype), "forget": ratio.mul_(reference), "reference": reference}
 
 
 def _dampened(function: Callable[..., Any]) -> Run:

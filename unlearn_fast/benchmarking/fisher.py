@@ -1,7 +1,7 @@
 """The Fisher benchmark: the exact diagonal of whole models, in units of one ordinary forward and backward."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -11,7 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import unlearn_fast
 from unlearn_fast.benchmarking import fisher_rivals, models
-from unlearn_fast.benchmarking.case import Case, Cost, Entrant, Inputs, Results, Run, Verdict, in_float64, make_inputs
+from unlearn_fast.benchmarking.case import (
+    Case,
+    Cost,
+    Entrant,
+    Inputs,
+    Results,
+    Run,
+    Verdict,
+    in_float64,
+    integers,
+    make_inputs,
+    normal,
+)
 from unlearn_fast.benchmarking.fisher_rivals import Losses
 from unlearn_fast.benchmarking.gpt import GPT, next_token_losses
 
@@ -24,6 +36,7 @@ TOLERANCE = 1e-5
 MARGIN = 4.0
 FIRST = "ours, with the first batch's check"
 BASELINE = "ordinary forward, backward"
+LOOP = "one-example loop"
 LIBRARIES = ("BackPACK", "opacus")
 
 
@@ -39,12 +52,11 @@ class Model:
 
 
 def _images(size: int, classes: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    images = torch.randn(B, 3, size, size, generator=generator)
-    return images, torch.randint(classes, (B,), generator=generator)
+    return normal(generator, B, 3, size, size), integers(generator, classes, B)
 
 
 def _vectors(size: int, classes: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(B, size, generator=generator), torch.randint(classes, (B,), generator=generator)
+    return normal(generator, B, size), integers(generator, classes, B)
 
 
 def _mlp(*widths: int, chunk: int = 1) -> Model:
@@ -68,13 +80,14 @@ def _resnet18(width: int, image: int) -> Model:
 def _gpt(vocabulary: int, width: int, layers: int, T: int, chunk: int = 1) -> Model:
     name = f"GPT d {width}, {layers} layers, V {vocabulary}, T {T}"
     build = partial(GPT, vocabulary, width, layers, max(1, width // 64), T)
-    return Model(name, build, lambda B, g: torch.randint(vocabulary, (B, T), generator=g), next_token_losses, chunk)
+    return Model(name, build, lambda B, g: integers(g, vocabulary, B, T), next_token_losses, chunk)
 
 
 SMALLEST = (_mlp(12, 16, 16, 4), _vit(8, 4, 16, 1, 2), _gpt(50, 16, 1, 8), _resnet18(4, 8))
 MLP = _mlp(784, 1024, 1024, 10, chunk=4)
 VIT_32 = _vit(32, 4, 192, 6, 3, chunk=4)
 VIT_224 = _vit(224, 16, 192, 12, 3, classes=1000, chunk=4)  # ViT-Ti/16
+VIT_B = _vit(224, 16, 768, 12, 12, classes=1000, chunk=16)  # ViT-B/16
 GPT_512 = _gpt(8192, 512, 6, 128, chunk=4)
 RESNET_18 = _resnet18(64, 32)
 
@@ -91,6 +104,12 @@ def full() -> list[Case]:
         case(GPT_512, B=8, batches=2),
         case(RESNET_18, B=32, batches=4),
     ]
+
+
+def on_gpu() -> list[Case]:
+    """Without the loop over single examples, which takes minutes there."""
+    cases = [case(VIT_B, B=32, batches=4, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32)]
+    return [replace(c, rivals={n: run for n, run in c.rivals.items() if n != LOOP}) for c in cases]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +131,19 @@ class FisherCase(Case):
 
     def weighed(self) -> tuple[Case, ...]:
         """Two batches show the peak; with twice the examples they show what it depends on."""
-        return case(self.model, B=self.B, batches=2), case(self.model, B=2 * self.B, batches=2)
+        return tuple(
+            case(self.model, B=B, batches=2, dtype=self.dtype, device=self.device) for B in (self.B, 2 * self.B)
+        )
 
     def warm_up(self, inputs: Inputs) -> Inputs:
         return {**inputs, "batches": [next(fisher_rivals.split(inputs["batches"][0], 2))]}
 
     def counted(self) -> Cost:
         return self.cost._replace(flops=_ordinary_flops(self.model, self.B))
+
+    @property
+    def is_single(self) -> bool:
+        return self.dtype == torch.float32
 
     def facts(self) -> dict[str, Any]:
         parameters = sum(p.numel() for p in _on_meta(self.model).parameters())
@@ -132,8 +157,8 @@ class FisherCase(Case):
         }
 
     def tolerance(self) -> float:
-        """From torch's own error: that of its ordinary float32 gradients on the same batches."""
-        return max(TOLERANCE, MARGIN * _torch_error(self.model, self.B, self.batches))
+        """From torch's own error: that of its ordinary gradients on the same batches."""
+        return max(TOLERANCE, MARGIN * _torch_error(self.model, self.B, self.batches, self.dtype, self.device))
 
     def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
         """Every parameter's importance must be right; another library may give those of some parameters only."""
@@ -153,13 +178,13 @@ class FisherCase(Case):
         note = f"without {_listed(model, missing)}" if missing else ""
         if entrant.name == FIRST and self.tolerance() > TOLERANCE and not failure:
             exactly = _largest(in_float64(self.ours)(make_inputs(self)), exact)
-            note = f"{exactly:.0e} in float64, where no ReLU is rounded across zero"
+            note = f"{exactly:.0e} in float64" + (", where no ReLU is rounded across zero" if self.is_single else "")
             failure = "" if exactly <= TOLERANCE else "wrong in float64"
         worst = max((error for error in errors if error is not None), default=float("inf"))
         return Verdict(worst, failure, missing_share, note)
 
 
-def case(model: Model, *, B: int, batches: int) -> FisherCase:
+def case(model: Model, *, B: int, batches: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> FisherCase:
     vmap = partial(fisher_rivals.vmap_fisher, chunk=model.chunk)
     return FisherCase(
         model=model,
@@ -167,12 +192,14 @@ def case(model: Model, *, B: int, batches: int) -> FisherCase:
         batches=batches,
         operator="diagonal_fisher",
         shape=f"{model.name}; {batches} batches of {B}",
-        dtype=torch.float32,
-        inputs=partial(_inputs, model, B, batches),
+        dtype=dtype,
+        device=device,
+        with_host=True,
+        inputs=partial(_inputs, model, B, batches, dtype),
         ours=_run(_ours, model.losses),
         exact=in_float64(_run(fisher_rivals.one_example_fisher, model.losses)),
         rivals={
-            "one-example loop": _run(fisher_rivals.one_example_fisher, model.losses),
+            LOOP: _run(fisher_rivals.one_example_fisher, model.losses),
             f"torch.func vmap(grad), {model.chunk} at once": _run(vmap, model.losses),
             "BackPACK SumGradSquared": _run(fisher_rivals.backpack_fisher, model.losses),
             "opacus, squared": _run(fisher_rivals.opacus_fisher, model.losses),
@@ -186,11 +213,16 @@ def case(model: Model, *, B: int, batches: int) -> FisherCase:
     )
 
 
-def _inputs(model: Model, B: int, batches: int, generator: torch.Generator) -> Inputs:
+def _inputs(model: Model, B: int, batches: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        built = model.build()
-    return {"model": built, "batches": [model.batch(B, generator) for _ in range(batches)]}
+        built = model.build().to(generator.device, dtype)
+
+    def batch() -> Any:
+        made = model.batch(B, generator)
+        return tuple(x.to(dtype) if x.is_floating_point() else x for x in made) if isinstance(made, tuple) else made
+
+    return {"model": built, "batches": [batch() for _ in range(batches)]}
 
 
 def _run(function: Callable[..., Results], losses: Losses) -> Run:
@@ -207,9 +239,9 @@ def _twice(run: Run) -> Run:
 
 
 @cache
-def _torch_error(model: Model, B: int, batches: int) -> float:
+def _torch_error(model: Model, B: int, batches: int, dtype: torch.dtype, device: str) -> float:
     run = _run(fisher_rivals.ordinary_gradients, model.losses)
-    inputs = make_inputs(case(model, B=B, batches=batches))
+    inputs = make_inputs(case(model, B=B, batches=batches, dtype=dtype, device=device))
     return _largest(run(inputs), in_float64(run)(inputs))
 
 

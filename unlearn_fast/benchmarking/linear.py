@@ -1,7 +1,7 @@
 """The cases of losses from hidden states and the lm_head: their yardstick is the three matrix products alone."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from unlearn_fast.benchmarking.case import (
     compiled,
     forward_backward,
     in_float64,
+    integers,
     normal,
 )
 
@@ -44,6 +45,19 @@ def full() -> list[Case]:
         *(linear_flat_loss(8, 129, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
         *(linear_cross_entropy(2048, 1024, 50_257, dtype) for dtype in (FLOAT32, BFLOAT16)),
         linear_token_logprobs(1024, 1024, 32_000),
+    ]
+
+
+def on_gpu() -> list[Case]:
+    N, H, V = 8192, 4096, 128_256
+    libraries = {
+        "Liger": forward_backward(rivals.liger_linear_cross_entropy, "hidden", "weight", "labels"),
+        "Cut Cross-Entropy": forward_backward(rivals.cut_cross_entropy, "hidden", "weight", "labels"),
+    }
+    return [
+        linear_flat_loss(8, N // 16 + 1, H, V, BFLOAT16),
+        replace(linear_cross_entropy(N, H, V, BFLOAT16), libraries=libraries),
+        linear_token_logprobs(N, H, V, BFLOAT16),
     ]
 
 
@@ -122,7 +136,7 @@ def _answers(B: int, T: int, H: int, V: int, dtype: torch.dtype, generator: torc
         return normal(generator, B, T, H, dtype=dtype, requires_grad=True)
 
     def labels() -> Tensor:
-        return torch.randint(V, (B, T), generator=generator)
+        return integers(generator, V, B, T)
 
     return dict(zip(SIDES, (hidden(), labels(), hidden(), labels()), strict=True))
 
@@ -156,7 +170,7 @@ def linear_cross_entropy(N: int, H: int, V: int, dtype: torch.dtype) -> Case:
         V,
         inputs=lambda g: {
             "hidden": normal(g, N, H, dtype=dtype, requires_grad=True),
-            "labels": torch.randint(V, (N,), generator=g),
+            "labels": integers(g, V, N),
         },
         ours=forward_backward(unlearn_fast.linear_cross_entropy, *names),
         specified=forward_backward(reference.linear_cross_entropy, *names),
@@ -164,18 +178,18 @@ def linear_cross_entropy(N: int, H: int, V: int, dtype: torch.dtype) -> Case:
     )
 
 
-def linear_token_logprobs(N: int, H: int, V: int) -> Case:
+def linear_token_logprobs(N: int, H: int, V: int, dtype: torch.dtype = FLOAT32) -> Case:
     names = ("hidden", "weight", "labels")
     return _case(
         "linear_token_logprobs",
         f"[{N}, {H}] x [{V}, {H}]",
-        FLOAT32,
+        dtype,
         N,
         H,
         V,
         inputs=lambda g: {
-            "hidden": normal(g, N, H, requires_grad=True),
-            "labels": torch.randint(V, (N,), generator=g),
+            "hidden": normal(g, N, H, dtype=dtype, requires_grad=True),
+            "labels": integers(g, V, N),
             "grad": normal(g, N),
         },
         ours=forward_backward(unlearn_fast.linear_token_logprobs, *names),

@@ -2,22 +2,20 @@
 
 import gc
 import statistics
-import time
 import warnings
 from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 
 import torch
-from torch import Tensor
 
-from unlearn_fast.benchmarking import cases, memory
+from unlearn_fast.benchmarking import cases
+from unlearn_fast.benchmarking import clock as clocks
 from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run, make_inputs
+from unlearn_fast.benchmarking.clock import Clock
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
 # Seconds of an implementation after which it sits out the rounds left, once it has been in one.
 BUDGET = {"ours": 60.0, "yardstick": 60.0, "rival": 20.0, "library": 20.0}
-GEMM = 1536  # the square float32 matrix product whose rate is the ceiling of work that is counted in FLOPs
 
 
 @dataclass
@@ -105,23 +103,24 @@ def measure(case: Case, *, cold: bool = True) -> Outcome:
         if not timing.wrong:
             right[entrant.name] = entrant
     truths.cache_clear()
-    work, ceiling = _ceiling(case)
-    runs = {name: (entrant.run, BUDGET[entrant.kind]) for name, entrant in right.items()}
+    clock = clocks.of(case)
+    work, ceiling = clock.ceiling(case.counted(), case.dtype)
+    runs = {name: (entrant.run, clock.patience * BUDGET[entrant.kind]) for name, entrant in right.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the check has heard them
-        seconds = _take_turns(case, inputs, runs | {"ceiling": (ceiling, BUDGET["ours"])}, cold)
+        seconds = _take_turns(case, inputs, runs | {"ceiling": (ceiling, BUDGET["ours"])}, clock, cold)
     for name, entrant in right.items():
         less = seconds.get(entrant.less, [0.0] * ROUNDS)
         timings[name].seconds = [(own - other) / entrant.units for own, other in zip(seconds[name], less, strict=False)]
         if not entrant.less:
-            timings[name].peaks = [
-                memory.peak_bytes(partial(cases.find, weighed.name), name) for weighed in case.weighed()
-            ]
+            timings[name].peaks = [clock.peak_bytes(weighed, name, cases.find) for weighed in case.weighed()]
     rate, cost = work / statistics.median(seconds["ceiling"]), case.counted()
     return Outcome(case, list(timings.values()), (cost.flops or cost.bytes) / rate, rate)
 
 
-def _take_turns(case: Case, inputs: Inputs, runs: dict[str, tuple[Run, float]], cold: bool) -> dict[str, list[float]]:
+def _take_turns(
+    case: Case, inputs: Inputs, runs: dict[str, tuple[Run, float]], clock: Clock, cold: bool
+) -> dict[str, list[float]]:
     """The seconds of every round of the runs, each with the budget after which it sits out."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
@@ -134,41 +133,12 @@ def _take_turns(case: Case, inputs: Inputs, runs: dict[str, tuple[Run, float]], 
                     continue
                 prepared = case.fresh(inputs)
                 if cold:
-                    _last_level_cache().sum()
-                start = time.perf_counter()
-                results = run(prepared)
-                end = time.perf_counter()
-                del results, prepared
-                spent[name] += end - start
+                    clock.empty_caches()
+                taken = clock.seconds(run, prepared)
+                del prepared
+                spent[name] += taken
                 if turn >= 0:
-                    seconds[name].append(end - start)
+                    seconds[name].append(taken)
     finally:
         gc.enable()
     return seconds
-
-
-def _ceiling(case: Case) -> tuple[int, Run]:
-    """The work, in FLOPs or bytes, and the run, of this machine's own product or copy."""
-    cost = case.counted()
-    if cost.flops:
-        a, b = torch.rand(2, GEMM, GEMM)
-        product = torch.zeros(GEMM, GEMM)
-        return 2 * GEMM**3, lambda _: (torch.mm(a, b, out=product),)
-    source = torch.rand(max(1, cost.bytes // 2 // 4))  # one half is read, one written
-    target = source.clone()
-    return 2 * source.nbytes, lambda _: (target.copy_(source),)
-
-
-@cache
-def _last_level_cache() -> Tensor:
-    """A buffer of the cache's size: reading it drives everything else out."""
-    return torch.ones(last_level_cache_bytes() // 4)
-
-
-def last_level_cache_bytes() -> int:
-    """Of the first core; 64 MiB where the system does not tell, and 1 GiB at most."""
-    sizes = [64 << 20]
-    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number = size.read_text().strip()  # such as 32768K
-        sizes.append(int(number[:-1]) << {"K": 10, "M": 20, "G": 30}[number[-1]])
-    return min(max(sizes), 1 << 30)

@@ -49,7 +49,9 @@ def plot(outcomes: list[Outcome], file: Path) -> None:
     handles = [Patch(color=color, label=meaning) for color, meaning in KINDS.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     machine = info.machine()
-    place = f"{machine['processor']}, {machine['threads']} threads, torch {info.versions()['torch']}"
+    gpus = any(outcome.case.device == "cuda" for outcome in outcomes)
+    place = machine["gpus"][0] if gpus else f"{machine['processor']}, {machine['threads']} threads"
+    place += f", torch {info.versions()['torch']}"
     figure.suptitle(f"Time of each implementation over ours; {place}", fontsize=9)
     figure.savefig(file, dpi=150, format="png")
 

@@ -7,20 +7,24 @@ import torch
 from unlearn_fast import info
 from unlearn_fast.benchmarking import fisher_report, fisher_rivals, measure
 from unlearn_fast.benchmarking.case import Case
+from unlearn_fast.benchmarking.clock import Cpu, Cuda, last_level_cache_bytes
 from unlearn_fast.benchmarking.fisher import FisherCase
 from unlearn_fast.benchmarking.measure import Outcome, Timing
 
 
 def explained(cases: list[Case]) -> str:
     """How to read what `text` tells of these cases."""
+    on_gpu = any(case.device == "cuda" for case in cases)
+    place = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     lines = [
-        f"median of {measure.ROUNDS} rounds, fewer for rivals that take over {measure.BUDGET['rival']:.0f} s;"
-        f" {torch.get_num_threads()} threads"
+        f"median of {measure.ROUNDS} rounds, fewer for rivals that take over {measure.BUDGET['rival']:.0f} s; {place}"
     ]
+    if on_gpu:
+        lines.append("time of the GPU, whose launches are queued ahead; of diagonal_fisher, with the host's")
     if not all(isinstance(case, FisherCase) for case in cases):
         lines += [
             "ratio: time over ours; extra memory: peak beyond the inputs;",
-            "ceiling: share of what this machine's copy, or float32 matrix product, reaches on the same cost;"
+            "ceiling: share of what this device's own copy, or matrix product, reaches on the same cost;"
             " (other work): timed for scale, not a rival",
         ]
     if any(isinstance(case, FisherCase) for case in cases):
@@ -63,7 +67,7 @@ def as_json(outcomes: list[Outcome], command: str) -> dict[str, Any]:
     return {
         "command": command,
         "versions": info.versions() | fisher_rivals.versions(),
-        "machine": info.machine() | {"last_level_cache_bytes": measure.last_level_cache_bytes()},
+        "machine": info.machine() | {"last_level_cache_bytes": last_level_cache_bytes()},
         "method": {
             "statistic": "median of the rounds; ratio of medians to ours",
             "order": "one process, the implementations take turns",
@@ -72,8 +76,12 @@ def as_json(outcomes: list[Outcome], command: str) -> dict[str, Any]:
             "warm_up_rounds": measure.WARM_UP,
             "error": "largest, relative to the float64 element or to the mean magnitude of its tensor;"
             " of diagonal_fisher, of a parameter's importance in norm",
-            "ceiling": f"a copy of the same bytes, or a float32 matrix product of size {measure.GEMM}, timed in turn",
-            "peak_bytes": "resident memory at its highest less that before the run, in a process of its own",
+            "ceiling": "a copy of the same bytes, or a matrix product, timed in turn: of size"
+            f" {Cpu.GEMM} in float32 on a CPU, of {Cuda.GEMM} in the case's dtype on a GPU",
+            "peak_bytes": "memory at its highest less that before the run: resident, in a process of its own, on a CPU;"
+            " allocated through torch on a GPU",
+            "gpu_time": "between events around the run, whose launches wait in the queue until all are there; of"
+            " diagonal_fisher, the host's time until the GPU is done",
         },
         "ceilings": {name: max(values) for name, values in rates.items()},
         "cases": [_case_as_json(outcome) for outcome in outcomes],
@@ -84,6 +92,7 @@ def _case_as_json(outcome: Outcome) -> dict[str, Any]:
     case = outcome.case
     return {
         "operator": case.operator,
+        "device": case.device,
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
         "variant": case.variant,

@@ -15,6 +15,13 @@ def eager_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:  # [N, V], [
     return logits.log_softmax(-1, dtype=dtype).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+def gradient_of_logprobs(logits: Tensor, labels: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
+    """grad * (onehot(label) - softmax), in one pass where it is compiled."""
+    own = torch.arange(logits.shape[1], device=logits.device) == labels.unsqueeze(1)
+    p = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp()
+    return (grad.unsqueeze(1) * (own.to(p.dtype) - p)).to(logits.dtype)
+
+
 def released_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """The released FLAT code's form, torch's NLL of the whole softmax, which is -p; its logarithm on top."""
     return nll_loss(logits.softmax(-1), labels, reduction="none").neg().float().log()
@@ -75,9 +82,11 @@ def einsum_sum_grad_squared_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) 
 def unique_sum_grad_squared_embedding_(out: Tensor, tokens: Tensor, grad_outputs: Tensor) -> None:
     """The distinct (example, token) pairs, one gradient row for each, then their squares into the table."""
     V = len(out)
-    pairs = (tokens + V * torch.arange(len(tokens)).unsqueeze(1)).flatten()
+    pairs = (tokens + V * torch.arange(len(tokens), device=tokens.device).unsqueeze(1)).flatten()
     distinct, index = pairs.unique(return_inverse=True)
-    gradients = grad_outputs.new_zeros(len(distinct), out.shape[1]).index_add_(0, index, grad_outputs.flatten(0, 1))
+    gradients = out.new_zeros(len(distinct), out.shape[1]).index_add_(
+        0, index, grad_outputs.flatten(0, 1).to(out.dtype)
+    )
     out.index_add_(0, distinct % V, gradients.square_())
 
 
@@ -87,9 +96,10 @@ def sorted_sum_grad_squared_embedding_(out: Tensor, tokens: Tensor, grad_outputs
     pairs, order = (tokens + V * torch.arange(len(tokens)).unsqueeze(1)).flatten().sort()
     new = torch.cat([pairs.new_zeros(1), (pairs[1:] != pairs[:-1]).long()])
     index = new.cumsum(0)
-    gradients = grad_outputs.new_zeros(len(pairs), H).index_add_(0, index, grad_outputs.reshape(-1, H)[order])
-    rows = torch.zeros_like(pairs).scatter_(0, index, pairs % V)  # unused gradients are 0, and are added to row 0
-    out.index_add_(0, rows, gradients.square())
+    rows = grad_outputs.reshape(-1, H)[order].to(out.dtype)
+    gradients = out.new_zeros(len(pairs), H).index_add_(0, index, rows)
+    words = torch.zeros_like(pairs).scatter_(0, index, pairs % V)  # unused gradients are 0, and are added to row 0
+    out.index_add_(0, words, gradients.square())
 
 
 def sum_square_sum_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
@@ -102,9 +112,9 @@ def einsum_product_of_squares_(out: Tensor, inputs: Tensor, grad_outputs: Tensor
     out += torch.einsum("bo,bi->oi", grad_outputs.square(), inputs.square())
 
 
-def weight_gradient_(out: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
+def weight_gradient(inputs: Tensor, grad_outputs: Tensor) -> Tensor:
     """The ordinary weight gradient: the same FLOPs, and no squares."""
-    torch.mm(grad_outputs.flatten(0, -2).T, inputs.flatten(0, -2), out=out)
+    return torch.mm(grad_outputs.flatten(0, -2).T, inputs.flatten(0, -2))
 
 
 def unfolded_sum_grad_squared_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, stride: int, padding: int) -> None:
@@ -149,7 +159,7 @@ class _ChunkByChunk(torch.autograd.Function):
             [torch.empty_like(x) for x in hidden],
             weight.new_zeros(()),
         )
-        pieces = zip(*(torch.arange(len(x)).chunk(chunks) for x in hidden), strict=True)
+        pieces = zip(*(torch.arange(len(x), device=x.device).chunk(chunks) for x in hidden), strict=True)
         with torch.enable_grad():
             w = weight.detach().requires_grad_()
             for rows in pieces:
@@ -203,3 +213,24 @@ def torchs_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) 
     """With its chunks."""
     options = torch.nn.LinearCrossEntropyOptions()
     return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
+# -- libraries for GPUs ------------------------------------------------------------------------------------------------
+
+
+def liger_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    from liger_kernel.transformers.functional import liger_cross_entropy as function
+
+    return function(logits.clone(), labels, label_smoothing=label_smoothing)  # it overwrites the logits
+
+
+def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as function
+
+    return function(hidden, weight, labels)
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as function
+
+    return function(hidden, weight, labels)

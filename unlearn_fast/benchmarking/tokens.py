@@ -1,5 +1,6 @@
 """The benchmark cases of the operators over rows of logits, and of FLAT."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from unlearn_fast.benchmarking.case import (
     Inputs,
     Results,
     Run,
+    by_rows,
     compiled,
     forward_backward,
     in_float64,
+    integers,
     normal,
 )
 
@@ -54,6 +57,85 @@ def full() -> list[Case]:
     ]
 
 
+def on_gpu() -> list[Case]:
+    N, sizes = 8192, (32_000, 128_256, 151_936, 262_144)
+    return [
+        *(way(N, V, BFLOAT16) for V in sizes for way in (forward, backward)),
+        _with_libraries(cross_entropy(N, 128_256, BFLOAT16)),
+        token_kl(N // 2, 128_256, BFLOAT16),
+        *(way(N, V, FLOAT32) for V in sizes for way in (forward, backward)),
+        token_kl(N // 2, 128_256, FLOAT32),
+        token_logprobs(N, 128_256, BFLOAT16, inplace=True),
+        token_statistics(N, 128_256, BFLOAT16),
+    ]
+
+
+def forward(N: int, V: int, dtype: torch.dtype) -> Case:
+    """Of token_logprobs, alone."""
+    names = ("logits", "labels")
+
+    def run(function: Any) -> Run:
+        def values(x: Inputs) -> Results:
+            with torch.no_grad():
+                return (function(x["logits"], x["labels"]),)
+
+        return values
+
+    return Case(
+        operator="token_logprobs",
+        shape=f"[{N}, {V}]",
+        dtype=dtype,
+        variant="forward",
+        inputs=lambda g: _rows(N, V, dtype, g),
+        ours=run(unlearn_fast.token_logprobs),
+        exact=by_rows(in_float64(run(reference.token_logprobs)), *names),
+        rivals={
+            "log_softmax, gather": run(rivals.eager_token_logprobs),
+            "torch.compile": run(compiled(rivals.eager_token_logprobs)),
+        },
+        cost=Cost("the logits read once", bytes=N * V * dtype.itemsize),
+    )
+
+
+def backward(N: int, V: int, dtype: torch.dtype) -> Case:
+    """Of token_logprobs, alone, into memory of its own: what the forward keeps is among the inputs."""
+    saved = ("logp", "row_max", "log_sum")
+
+    def inputs(g: torch.Generator) -> Inputs:
+        x = _rows(N, V, dtype, g)
+        x["logits"] = x["logits"].detach()
+        kept = torch.ops.unlearn_fast.token_logprobs(x["logits"], x["labels"], -100, 0.0, 1.0, False)
+        return x | dict(zip(saved, kept, strict=False)) | {"entropy": kept[0].new_empty(0)}
+
+    def ours(x: Inputs) -> Results:
+        kept = (x["logits"], x["labels"], *(x[name] for name in saved), x["entropy"])
+        return (torch.ops.unlearn_fast.token_logprobs_backward(x["grad"], None, None, None, *kept, -100, 0.0, 1.0),)
+
+    def formula(function: Any) -> Run:
+        return lambda x: (function(x["logits"], x["labels"], x["grad"], x["row_max"] + x["log_sum"]),)
+
+    def exact(x: Inputs) -> Results:
+        logits = x["logits"].detach().requires_grad_()
+        return torch.autograd.grad(reference.token_logprobs(logits, x["labels"]), logits, x["grad"])
+
+    return Case(
+        operator="token_logprobs",
+        shape=f"[{N}, {V}]",
+        dtype=dtype,
+        variant="backward",
+        inputs=inputs,
+        ours=ours,
+        exact=by_rows(in_float64(exact), "logits", "labels", "grad"),
+        rivals={"torch.compile": formula(compiled(rivals.gradient_of_logprobs))},
+        cost=Cost("the logits read once, as much written", bytes=2 * N * V * dtype.itemsize),
+    )
+
+
+def _with_libraries(case: Case) -> Case:
+    smoothed = forward_backward(rivals.liger_cross_entropy, "logits", "labels", label_smoothing=0.1)
+    return dataclasses.replace(case, libraries={"Liger": smoothed})
+
+
 def token_logprobs(N: int, V: int, dtype: torch.dtype, *, inplace: bool = False, softcap: float | None = None) -> Case:
     names = ("logits", "labels")
     eager = rivals.capped_token_logprobs if softcap else rivals.eager_token_logprobs
@@ -82,7 +164,7 @@ def token_logprobs(N: int, V: int, dtype: torch.dtype, *, inplace: bool = False,
 def _rows(N: int, V: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     return {
         "logits": normal(generator, N, V, dtype=dtype, requires_grad=True),
-        "labels": torch.randint(V, (N,), generator=generator),
+        "labels": integers(generator, V, N),
         "grad": normal(generator, N),
     }
 
@@ -173,6 +255,6 @@ def flat_loss(B: int, T: int, V: int) -> Case:
 
 
 def _answer(B: int, T: int, V: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    labels = torch.randint(V, (B, T), generator=generator)
+    labels = integers(generator, V, B, T)
     labels[:, : T // 4] = -100
     return normal(generator, B, T, V, requires_grad=True), labels

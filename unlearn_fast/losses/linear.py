@@ -10,6 +10,7 @@ more rows than a chunk is computed in pieces. Where a row's cotangent depends on
 logits are computed a second time for the gradients, but for the last piece's: up to 8 N H V for such sequences.
 """
 
+import importlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unlearn_fast import _library
 from unlearn_fast.losses.rows import Rows
 from unlearn_fast.losses.vocabulary import VocabularyShard
 from unlearn_fast.ops import _chunks
@@ -107,8 +109,17 @@ class _GradientsInForward(torch.autograd.Function):
             )
         # Given away, not only lent: autograd then makes them the leaves' gradients without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (g if g is None else g.mul_(grad).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+        scaled = (g if g is None else _scaled(g, grad).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
         return None, None, *scaled
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place. The factor of a loss that is differentiated by itself is 1, which costs nothing."""
+    if gradient.is_cuda and gradient.is_contiguous() and "triton" not in _library.missing:
+        importlib.import_module("unlearn_fast.ops._triton").scale_(gradient, factor)
+    elif gradient.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)
+    return gradient
 
 
 def _values_and_gradients(

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 WORTH_TUNING = 2**31  # floating-point operations of a call; below, the default tile serves and nothing is measured
 INTERPRETED_PROCESSORS = 6  # of the GPU that CPU tensors, that is the interpreter, pretend to run on
@@ -91,8 +92,9 @@ class Launch:
         self.constants = [options[name] for name in kernel.arg_names if name in options]
         self.compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, tensors: Sequence[Tensor | None], *scale: float) -> None:
-        key = (tensors[0].get_device(), *[None if t is None else t.data_ptr() % 16 == 0 for t in tensors])  # type: ignore[union-attr]
+    def __call__(self, tensors: Sequence[Tensor | TensorDescriptor | None], *scale: float) -> None:
+        aligned = [t.data_ptr() % 16 == 0 if isinstance(t, Tensor) else None for t in tensors]  # descriptors always are
+        key = (tensors[0].get_device(), *aligned)  # type: ignore[union-attr]
         if (compiled := self.compiled.get(key)) is not None:
             compiled[self.grid](*tensors, *scale, *self.numbers, *self.constants)
         elif compiled := self.kernel[self.grid](*tensors, *scale, *self.numbers, **self.options):  # None: interpreted
@@ -110,6 +112,26 @@ def adding(out: Layout, parts: int, part_stride: int) -> Launch:
     block = 512
     grid = (triton.cdiv(math.prod(out.shape), block),)
     return Launch(add_parts_kernel, grid, parts, *out.shape, part_stride, *out.strides, BLOCK=block, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["n"])
+def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    """x *= factor, unless it is 1: then nothing is read nor written. Programs take every so many-th block."""
+    by = tl.load(factor)
+    if by != 1:
+        wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+            offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(x + offs, mask=offs < n).to(wide) * by.to(wide)
+            tl.store(x + offs, value.to(x.dtype.element_ty), mask=offs < n)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, for contiguous x and a number on the same device, which the CPU need not know."""
+    block = 4096
+    with torch.cuda.device_of(x):
+        grid = min(triton.cdiv(max(1, x.numel()), block), 8 * processors(x))
+        scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=block, num_warps=8)
 
 
 @lru_cache(maxsize=4096)
@@ -138,6 +160,28 @@ def fitting(tiles: Sequence[Tile], dtype: torch.dtype, device: torch.device) -> 
     limit = _shared_memory(device.index)
     fit = tuple(t for t in tiles if (t.o + t.i) * t.t * t.stages * dtype.itemsize <= limit)
     return fit or tuple(tiles[-1:])
+
+
+def boxes(x: Tensor) -> bool:
+    """Whether the GPU's copy engine can load blocks of x, [.., .., columns], by itself."""
+    if not x.is_cuda or _capability(x.device.index) < (9, 0):
+        return False
+    *outer, last = zip(x.shape, x.stride(), strict=True)
+    steps = [stride * x.element_size() for size, stride in outer if size > 1]
+    return last[1] == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x, loaded [1, rows, columns] at a time; what lies outside of x is 0."""
+    whole = -(-x.shape[2] * x.element_size() // 16) * 16 // x.element_size()  # a stride for an axis of size 1
+    row = x.stride(1) if x.shape[1] > 1 else whole
+    strides = [x.stride(0) if x.shape[0] > 1 else row * x.shape[1], row, 1]
+    return TensorDescriptor(x, list(x.shape), strides, [1, rows, columns])
+
+
+@lru_cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache

@@ -49,6 +49,10 @@ class Recorded(NamedTuple):
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
+    def serves(self, architecture: int) -> bool:
+        """Whether it is launched there: GPUs have a copy engine for blocks from sm_90 on."""
+        return architecture >= 90 or not self.options.get("BOXES", False)
+
 
 class Usage(NamedTuple):
     registers: int  # a thread, at most 255
@@ -130,9 +134,9 @@ def table() -> Iterator[str]:
         rows: dict[tuple[str, str], list[str]] = {}
         for kind in KINDS:
             for title, recorded in dict(shipped(operator, kind)).items():
-                found = [usage(compiled(recorded, a)) for a in ARCHITECTURES]
-                cells = [f"{u.registers}" + (f", stack {u.stack}" if u.stack else "") for u in found]
-                figures = f"{' | '.join(cells)} | {max(u.shared for u in found) / 1024:.0f} KiB"
+                found = [usage(compiled(recorded, a)) if recorded.serves(a) else None for a in ARCHITECTURES]
+                cells = ["-" if u is None else f"{u.registers}" + (f", stack {u.stack}" * bool(u.stack)) for u in found]
+                figures = f"{' | '.join(cells)} | {max(u.shared for u in found if u) / 1024:.0f} KiB"
                 rows.setdefault((title, figures), []).append(kind)
         for (title, figures), kinds in rows.items():
             yield f"| {operator}: {title} | {'; '.join(kinds)} | {figures} |"

@@ -46,7 +46,7 @@ from unlearn_fast.ops._triton_rows import (
     wide,
 )
 
-STAGES = 3  # of the load pipeline: the blocks that are computed with, and two of each row on their way
+STAGES = 4  # of the load pipeline: the blocks that are computed with, and three of each row on their way
 
 
 @triton.jit
@@ -276,7 +276,7 @@ def token_kl(
     with torch.cuda.device_of(logits):
         x, t = as_rows(logits, teacher_logits)
         labels, N, V = labels.contiguous(), labels.numel(), x.shape[2]
-        way = walk(x, t, elements=8 if softcap else 16)  # two softcaps take registers
+        way = walk(x, t, vectors=1 if softcap else 2)  # two softcaps take registers
         parts = logits.new_empty(5, N, way.parts, dtype=dtype) if way.parts > 1 else None
         settings = units(temperature, softcap)
         forward_kernel[(N, way.parts)](

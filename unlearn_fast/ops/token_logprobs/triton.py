@@ -49,7 +49,7 @@ from unlearn_fast.ops._triton_rows import (
     wide,
 )
 
-STAGES = 4  # of the load pipeline: the block that is computed with, and three on their way
+STAGES = 5  # of the load pipeline: the block that is computed with, and four on their way
 
 
 @triton.jit
