@@ -142,10 +142,6 @@ class FisherCase(Case):
     def counted(self) -> Cost:
         return self.cost._replace(flops=_ordinary_flops(self.model, self.B))
 
-    @property
-    def is_single(self) -> bool:
-        return self.dtype == torch.float32
-
     def facts(self) -> dict[str, Any]:
         parameters = sum(p.numel() for p in _on_meta(self.model).parameters())
         return {
@@ -179,7 +175,8 @@ class FisherCase(Case):
         note = f"without {_listed(model, missing)}" if missing else ""
         if entrant.name == FIRST and self.tolerance() > TOLERANCE and not failure:
             exactly = _largest(in_float64(self.ours)(make_inputs(self)), exact)
-            note = f"{exactly:.0e} in float64" + (", where no ReLU is rounded across zero" if self.is_single else "")
+            note = f"{exactly:.0e} in float64"
+            note += ", where no ReLU is rounded across zero" if self.dtype == torch.float32 else ""
             failure = "" if exactly <= TOLERANCE else "wrong in float64"
         worst = max((error for error in errors if error is not None), default=float("inf"))
         return Verdict(worst, failure, missing_share, note)

@@ -41,8 +41,8 @@ from unlearn_fast.ops._triton import (
     splits,
 )
 
-# Kind of products -> tiles. None of them spills registers on sm_80, sm_90 or sm_100 (tests/test_triton_compiled.py); a
-# first moment is one more tile of registers.
+# Kind of products -> tiles. None but the one that says so spills registers on sm_80, sm_90 or sm_100
+# (tests/test_triton_compiled.py); a first moment is one more tile of registers.
 TILES = {
     "16 bit": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
