@@ -104,31 +104,15 @@ def test_every_operator_has_an_implementation_everywhere(device):
 # Importing
 
 
-OPTIONAL = ("triton", "transformers", "matplotlib", "sklearn", "pandas", "pytest", "hypothesis")
-
-
-def test_importing_loads_no_optional_package():
+def test_importing_loads_nothing_beyond_torch_but_the_package_itself():
+    """So that it costs what its own few files cost, wherever it runs: no optional package, no compiler of torch's."""
     loaded = fresh_process(
         "import torch; before = set(sys.modules); import unlearn_fast, json;"
-        "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))",
+        "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before} - {'json'})))",
         PACKAGE.parent,
     )
-    assert "unlearn_fast" in loaded
-    assert not set(loaded) & set(OPTIONAL)
-
-
-def test_importing_takes_under_100_ms_beyond_torch():
-    """The least of several processes, since a busy machine can only add to the time."""
-    code = (
-        "import json, time, torch; start = time.perf_counter(); import unlearn_fast;"
-        "print(json.dumps(time.perf_counter() - start))"
-    )
-    seconds = []
-    for _ in range(6):
-        seconds.append(fresh_process(code, PACKAGE.parent))
-        if seconds[-1] < 0.1:
-            return
-    pytest.fail(f"seconds: {seconds}")
+    finders = [name for name in loaded if name.startswith("__editable__")]
+    assert [name for name in loaded if name not in finders] == ["unlearn_fast"]
 
 
 # Without the compiled parts
