@@ -28,35 +28,33 @@ const char* simd() {
   }
 }
 
-// The Python side has checked shapes, layout and writability; P is what the parameter's bytes hold.
-template <class P, class C>
-py::tuple dampen(
-    const py::buffer& p, const py::buffer& f, const py::buffer& r, const unlearn::DampenSettings& settings) {
+unlearn::Strided strided(const py::buffer_info& info) {
+  unlearn::Strided t{info.ptr, unlearn::Float::float32, {}};
+  if (info.itemsize == 2)
+    t.dtype = unlearn::Float::float16;
+  else if (info.itemsize == 8)
+    t.dtype = unlearn::Float::float64;
+  else if (info.itemsize != 4)
+    throw py::value_error("p, f and r must be float16, float32 or float64");
+  for (py::ssize_t d = 0; d < info.ndim; ++d) t.strides.push_back(info.strides[d] / info.itemsize);
+  return t;
+}
+
+// The Python side has checked dtypes and layout.
+py::tuple dampen_buffers(
+    const py::buffer& p, const py::buffer& f, const py::buffer& r, double alpha, double lam, double exponent,
+    double cap, double floor) {
   const py::buffer_info pi = p.request(true), fi = f.request(), ri = r.request();
-  if (pi.size != fi.size || pi.size != ri.size || size_t(pi.itemsize) != sizeof(P) ||
-      size_t(fi.itemsize) != sizeof(C) || size_t(ri.itemsize) != sizeof(C)) {
-    throw py::value_error("p, f and r must have one size and the declared types");
-  }
+  if (pi.shape != fi.shape || pi.shape != ri.shape) throw py::value_error("p, f and r must have one shape");
+  unlearn::DampenTensor t{
+      unlearn::Axes(pi.shape.begin(), pi.shape.end()), strided(pi), strided(fi), strided(ri), pi.size, alpha, lam};
+  unlearn::merge_axes(t.shape, {&t.p, &t.f, &t.r});
   unlearn::DampenStats stats;
   {
     py::gil_scoped_release release;
-    stats = unlearn::dampen_array(
-        static_cast<P*>(pi.ptr), static_cast<const C*>(fi.ptr), static_cast<const C*>(ri.ptr), pi.size, settings);
+    stats = unlearn::dampen({t}, {exponent, cap, floor})[0];
   }
   return py::make_tuple(stats.selected, stats.non_finite, stats.non_finite_selected, stats.factor_sum);
-}
-
-py::tuple dampen_buffers(
-    const py::buffer& p, const py::buffer& f, const py::buffer& r, double alpha, double lam, double exponent,
-    double cap) {
-  const unlearn::DampenSettings settings{alpha, lam, exponent, cap};
-  const size_t param = size_t(p.request().itemsize), importance = size_t(f.request().itemsize);
-  if (param == 2 && importance == 4) return dampen<unlearn::float16, float>(p, f, r, settings);
-  if (param == 2 && importance == 8) return dampen<unlearn::float16, double>(p, f, r, settings);
-  if (param == 4 && importance == 4) return dampen<float, float>(p, f, r, settings);
-  if (param == 4 && importance == 8) return dampen<float, double>(p, f, r, settings);
-  if (param == 8 && importance == 8) return dampen<double, double>(p, f, r, settings);
-  throw py::value_error("p must be float16, float32 or float64; f and r float32, or float64");
 }
 
 template <class T>
@@ -87,6 +85,6 @@ PYBIND11_MODULE(_native, m) {
         unlearn::advise_huge_pages(reinterpret_cast<const void*>(address), bytes);
       },
       "Asks for huge pages under memory that nobody has touched.");
-  m.def("dampen", &dampen_buffers, "Dampens one contiguous numpy array in place; returns its four counts.");
+  m.def("dampen", &dampen_buffers, "Dampens one numpy array in place; returns its four counts.");
   m.def("exponentials", &exponentials_of_buffer, "exp of a contiguous numpy array, for x up to 1, in place.");
 }

@@ -13,7 +13,7 @@ PLAIN = (0.0, 1.0, False)  # softcap, temperature, statistics
 
 def samples() -> dict[str, list[tuple]]:
     """Operator -> argument tuples: plain and strided, with and without gradients, empty, in several dtypes."""
-    settings = (1.0, 1.0, 0.5, 1.0)  # alpha, lam, exponent, cap
+    settings = (0.5, 1.0, 0.1)  # exponent, cap, floor
     of_weight = [False, True, False]
     return {
         "token_logprobs": [
@@ -102,11 +102,32 @@ def samples() -> dict[str, list[tuple]]:
             _convolution(_floats(3, 2, 3, 3), _floats(0, 1, 2, 6, 5), _floats(0, 1, 3, 4, 3)),
         ],
         "dampen_": [
-            ([_floats(3, 4), _floats(5)], *[[_positive(3, 4), _positive(5)] for _ in range(2)], *settings),
-            ([_floats(4, 3).T.half()], [_positive(3, 4)], [_positive(3, 4)], *settings),
-            ([_floats(3).double()], [_positive(3)], [_positive(3).double()], *settings),
-            ([_floats(0)], [_positive(0)], [_positive(0)], *settings),
-            ([], [], [], *settings),
+            (*_of_dampening(_floats(3, 4), _floats(5)), [1.0, 0.5], [1.0, 0.5], *settings),
+            ([_floats(4, 3).T.half()], [_positive(3, 4).bfloat16()], [_positive(3, 4)], [1.0], [1.0], *settings),
+            ([_floats(3).double()], [_positive(3)], [_positive(3).double()], [1.0], [1.0], *settings),
+            (*_of_dampening(_floats(0)), [1.0], [1.0], *settings),
+            ([], [], [], [], [], *settings),
+        ],
+        "dampen_record": [
+            (*_of_dampening(_floats(3, 4), _floats(5)), [1.0, 0.5]),
+            ([_floats(4, 3).T.half()], [_positive(3, 4).bfloat16()], [_positive(3, 4)], [1.0]),
+            ([], [], [], []),
+        ],
+        "dampen_undo_": [_undoing(_floats(3, 4), _floats(5).double()), _undoing(_floats(4, 3).T.half()), _undoing()],
+        "alpha_for_percentile": [
+            ([_positive(3, 4), _positive(5)], [_positive(3, 4), _positive(5)], [0.0, 50.0, 99.5]),
+            ([_positive(4, 3).T.half()], [_positive(3, 4).double()], [20.0]),
+            ([], [], [20.0]),
+        ],
+        "selection_curve": [
+            ([_positive(3, 4), _positive(5)], [_positive(3, 4), _positive(5)], [0.0, 1.0, 2.0]),
+            ([_positive(4, 3).T.half()], [_positive(3, 4).double()], [1.0]),
+            ([], [], [1.0]),
+        ],
+        "top_fraction_mask": [
+            ([_positive(3, 4), _positive(5)], 7),
+            ([_positive(4, 3).T.half(), _positive(2).double()], 3),
+            ([], 0),
         ],
     }
 
@@ -122,6 +143,15 @@ def _zeros(*shape: int) -> Tensor:
 
 def _positive(*shape: int) -> Tensor:
     return (3 * torch.rand(shape)).exp()
+
+
+def _of_dampening(*params: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return (list(params), *([_positive(*p.shape) for p in params] for _ in range(2)))
+
+
+def _undoing(*params: Tensor) -> tuple:
+    p, f, r = _of_dampening(*params)
+    return (p, *torch.ops.unlearn_fast.dampen_record(p, f, r, [1.0] * len(p)))
 
 
 def _labels(*shape: int, V: int, layout: str = "contiguous") -> Tensor:

@@ -1,6 +1,7 @@
 """Compiled kernels for machine unlearning in PyTorch."""
 
-from unlearn_fast._report import DampenCounts, DampenReport, TokenStatistics
+from unlearn_fast._report import DampenCounts, DampenReport, SelectionCurve, TokenStatistics
+from unlearn_fast.assd import assd_
 from unlearn_fast.fisher import (
     Importance,
     WeightedLosses,
@@ -46,8 +47,11 @@ from unlearn_fast.losses import (
     wga_loss,
 )
 from unlearn_fast.ops import (
+    UndoLog,
+    alpha_for_percentile,
     dampen_,
     linear_token_logprobs,
+    selection_curve,
     sum_grad_squared_conv_,
     sum_grad_squared_embedding_,
     sum_grad_squared_linear_,
@@ -55,8 +59,13 @@ from unlearn_fast.ops import (
     token_kl,
     token_logprobs,
     token_statistics,
+    top_fraction_mask,
+    undo_,
 )
+from unlearn_fast.potion import potion_
 from unlearn_fast.ssd import ssd_
+from unlearn_fast.sweep import Sweep, sweep
+from unlearn_fast.trial import trial
 
 __version__ = "0.1.0"
 
@@ -67,9 +76,14 @@ __all__ = [
     "Importance",
     "LinearOptions",
     "LogitsOptions",
+    "SelectionCurve",
+    "Sweep",
     "TokenStatistics",
+    "UndoLog",
     "VocabularyShard",
     "WeightedLosses",
+    "alpha_for_percentile",
+    "assd_",
     "causal_lm_losses",
     "ceu_loss",
     "classification_losses",
@@ -100,7 +114,9 @@ __all__ = [
     "linear_wga_loss",
     "npo_loss",
     "output_norm_losses",
+    "potion_",
     "satimp_loss",
+    "selection_curve",
     "selective_log_softmax",
     "sequence_logprobs",
     "simnpo_loss",
@@ -109,9 +125,13 @@ __all__ = [
     "sum_grad_squared_embedding_",
     "sum_grad_squared_linear_",
     "sum_grad_squared_scale_",
+    "sweep",
     "token_kl",
     "token_logprobs",
     "token_statistics",
+    "top_fraction_mask",
+    "trial",
     "undial_loss",
+    "undo_",
     "wga_loss",
 ]

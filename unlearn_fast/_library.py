@@ -73,9 +73,17 @@ SCHEMAS = {
         " bool absolute) -> ()"
     ),
     "dampen_": (
-        "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float alpha, float lam, float exponent, float cap)"
-        " -> Tensor"
+        "(Tensor(a!)[] params, Tensor[] forget, Tensor[] reference, float[] alpha, float[] lam, float exponent,"
+        " float cap, float floor) -> Tensor"
     ),
+    "dampen_record": (
+        "(Tensor[] params, Tensor[] forget, Tensor[] reference, float[] alpha)"
+        " -> (Tensor counts, Tensor offsets, Tensor values)"
+    ),
+    "dampen_undo_": "(Tensor(a!)[] params, Tensor counts, Tensor offsets, Tensor values) -> ()",
+    "alpha_for_percentile": ("(Tensor[] forget, Tensor[] reference, float[] q) -> (Tensor neighbours, Tensor count)"),
+    "selection_curve": "(Tensor[] forget, Tensor[] reference, float[] alphas) -> Tensor",
+    "top_fraction_mask": "(Tensor[] scores, int count) -> Tensor[]",
 }
 
 # Served by Triton on CUDA: by the function of the same name in `unlearn_fast.ops.<name>.triton`, where a backward is in

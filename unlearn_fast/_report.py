@@ -1,9 +1,13 @@
 """What operators return beyond one tensor: what a dampening did, and what is known of tokens."""
 
+import os
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unlearn_fast.ops.dampen.undo import UndoLog
 
 
 class DampenCounts(NamedTuple):
@@ -37,7 +41,8 @@ class DampenReport:
     """What `dampen_` did. The counts stay on the device until they are first read, so a report forces no sync.
 
     `names` are the dampened parameters (positions, as strings, for a list); `without_importance` those left unchanged
-    because no importance was given for them; `tied` maps a repeated tensor's name to the name it was dampened under.
+    because no importance was given for them, `left_out` those for which no alpha was; `tied` maps a repeated tensor's
+    name to the name it was dampened under; `alpha` and `lam` are those of each name, and `undo` what `undo_` needs.
     """
 
     names: tuple[str, ...]
@@ -45,6 +50,10 @@ class DampenReport:
     stats: Tensor = field(repr=False)  # [P, 4] float64: selected, non_finite, non_finite_selected, sum of factors
     without_importance: tuple[str, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    alpha: tuple[float, ...] = ()
+    lam: tuple[float, ...] = ()
+    undo: "UndoLog | None" = field(default=None, repr=False)
 
     @property
     def parameters(self) -> dict[str, DampenCounts]:
@@ -66,7 +75,51 @@ class DampenReport:
             text += f"; {total.non_finite:,} importances were not finite"
         if self.without_importance:
             text += f"; {len(self.without_importance)} parameters without importance are unchanged"
+        if self.left_out:
+            text += f"; {len(self.left_out)} that alpha leaves out are unchanged"
         return text
+
+
+@dataclass(frozen=True)
+class SelectionCurve:
+    """How many elements each alpha selects; see `selection_curve`."""
+
+    names: tuple[str, ...]  # positions, as strings, for lists
+    elements: tuple[int, ...]
+    alphas: tuple[float, ...]
+    counts: Tensor = field(repr=False)  # [names, alphas] int64
+
+    @property
+    def total(self) -> list[int]:
+        """Selected elements of all tensors, for each alpha."""
+        return self.counts.sum(0).tolist()
+
+    @property
+    def share(self) -> list[float]:
+        """Selected elements over all elements, for each alpha; 0 where there are none."""
+        elements = sum(self.elements)
+        return [count / elements if elements else 0.0 for count in self.total]
+
+    def plot(self, path: "str | os.PathLike[str]") -> None:
+        """Draws the share of each tensor, and of all, against alpha. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        order = sorted(range(len(self.alphas)), key=self.alphas.__getitem__)
+        alphas = [self.alphas[i] for i in order]
+        for elements, row in zip(self.elements, self.counts.tolist(), strict=True):
+            if elements:
+                axes.plot(alphas, [row[i] / elements for i in order], color="0.8", linewidth=0.8, zorder=1)
+        share = self.share
+        axes.plot(alphas, [share[i] for i in order], color="C0", linewidth=2, label="all parameters", zorder=2)
+        axes.plot([], [], color="0.8", label="each tensor")
+        if alphas and alphas[0] > 0:
+            axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1e-6)
+        axes.set(xlabel="alpha", ylabel="share selected", ylim=(0, 1.5))
+        axes.legend(frameon=False)
+        figure.savefig(os.fspath(path), dpi=150)
 
 
 def _counts(elements: int, row: list[float]) -> DampenCounts:

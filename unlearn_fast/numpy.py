@@ -20,13 +20,14 @@ def dampen_(
     lam: float = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
+    floor: float = 0.0,
 ) -> DampenCounts:
     """Selective synaptic dampening of an array in place: `p *= min((lam * r / f)^exponent, cap)` where `f > alpha * r`.
 
     Args:
         p: the parameter: float16, float32 or float64, writable; changed in place.
         f, r: importance to the forget set and to the reference set, shaped like `p`, of a floating dtype.
-        alpha, lam, exponent, cap: as in `unlearn_fast.dampen_`, which also states the formula and its source.
+        alpha, lam, exponent, cap, floor: as in `unlearn_fast.dampen_`, which also states the formula and its source.
 
     Returns:
         The counts: elements, selected, non-finite importances, non-finite selected parameters, mean factor.
@@ -35,7 +36,7 @@ def dampen_(
         TypeError, ValueError: an argument does not fit; `p` is then unchanged.
         RuntimeError: the compiled part is missing (`unlearn_fast info` tells why).
     """
-    check_settings(alpha, lam, exponent, cap)
+    check_settings(alpha, lam, exponent, cap, floor)
     for name, array in (("p", p), ("f", f), ("r", r)):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} is a {type(array).__name__}: it must be a numpy array")
@@ -49,16 +50,19 @@ def dampen_(
         raise ValueError("p has overlapping (broadcast, or sliding) or reversed memory: give it memory of its own")
     if _library.native is None:
         raise RuntimeError(f"the numpy door needs the compiled part: {_library.missing['native']}")
-    dtype = np.float64 if np.float64 in (p.dtype, f.dtype, r.dtype) else np.float32
     order = sorted(range(p.ndim), key=lambda axis: -p.strides[axis])  # contiguous where p is, in any axis order
-    view = p.transpose(order)
-    target = np.ascontiguousarray(view)
-    importances = (np.ascontiguousarray(a.transpose(order), dtype=dtype) for a in (f, r))
+    target, *importances = (_addressable(a.transpose(order)) for a in (p, f, r))
     selected, non_finite, non_finite_selected, factors = _library.native.dampen(
-        target, *importances, alpha, lam, exponent, cap
+        target, *importances, alpha, lam, exponent, cap, floor
     )
     if not np.shares_memory(target, p):
-        view[...] = target
+        p.transpose(order)[...] = target
     return DampenCounts(
         p.size, selected, non_finite, non_finite_selected, factors / selected if selected else float("nan")
     )
+
+
+def _addressable(array: NDArray) -> NDArray:
+    """The array itself, or a copy where its elements are not whole elements apart: the field of a structured array."""
+    fits = array.flags.aligned and all(stride % array.itemsize == 0 for stride in array.strides)
+    return array if fits else np.ascontiguousarray(array)

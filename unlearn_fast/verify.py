@@ -164,7 +164,7 @@ def _check_released_bits(device: str, exponent: float) -> Check:
     generator = torch.Generator().manual_seed(0)
     p, f, r = (x.float().to(device) for x in importances(100_003)(generator).values())
     expected = p.clone()
-    settings = {"alpha": 2.0, "lam": 3.0, "exponent": exponent, "cap": 0.9}
+    settings: dict[str, Any] = {"alpha": 2.0, "lam": 3.0, "exponent": exponent, "cap": 0.9}
     released_dampen_(expected, f, r, **settings)
     title = f"exponent {exponent}, released code's bits"
     try:

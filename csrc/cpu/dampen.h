@@ -1,32 +1,47 @@
-// Selective dampening of one run of elements, in place:
-//   p <- p * min((lam * r / f)^exponent, cap)   where f > alpha * r
+// Selective dampening of a list of parameters, in place:
+//   p <- p * min((lam * r / f)^exponent, cap), not below floor * p,   where f > alpha * r
 //
 // Fused: selection, factor, product, and the report's counts. Reads f and r; reads and writes p only in blocks where
 // something is selected, so that an untouched block moves 8 bytes an element in float32 instead of 16.
-// Work: fixed runs of elements, spread over torch's threads; their counts are added in order, so that the report does
-// not depend on the number of threads.
+// Work: one list of runs over all tensors (work_list.h). What is not contiguous, or of another dtype than it is computed
+// in, passes through buffers of a slab, which stay in the first-level cache; nothing is copied as a whole.
 // Every step is one IEEE operation in the published order, so that float32 results match it bit for bit.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
-#include <vector>
 
-#include "cpu/scalar.h"
+#include "cpu/strided.h"
+#include "cpu/work_list.h"
 
 namespace unlearn {
 
 constexpr int64_t DAMPEN_BLOCK = 128;  // elements whose p is skipped together
-constexpr int64_t DAMPEN_RUN = 65536;  // elements a thread takes at a time
+constexpr int64_t DAMPEN_SLAB = 1024;  // elements that are converted together
+
+struct DampenTensor {
+  Axes shape;
+  Strided p, f, r;
+  int64_t n;
+  double alpha, lam;
+
+  // Computed in double where any of the three is.
+  bool wide() const { return p.dtype == Float::float64 || f.dtype == Float::float64 || r.dtype == Float::float64; }
+};
 
 struct DampenSettings {
-  double alpha, lam, exponent, cap;
+  double exponent, cap, floor;
 };
 
 struct DampenStats {
   int64_t selected = 0, non_finite = 0, non_finite_selected = 0;
   double factor_sum = 0;
+
+  void add(const DampenStats& other) {
+    selected += other.selected;
+    non_finite += other.non_finite;
+    non_finite_selected += other.non_finite_selected;
+    factor_sum += other.factor_sum;
+  }
 };
 
 // torch computes these exponents without pow, and so do we, to agree bit for bit. For any other exponent the power is
@@ -50,11 +65,11 @@ UNLEARN_INLINE C raised(C ratio, double exponent) {
   return C(std::pow(double(ratio), exponent));
 }
 
-// P: the parameter's type; C: the type of the importances, in which all is computed (float, or double).
+// P: the parameter's type; C: the type in which all is computed, float or double.
 template <Exponent kind, class P, class C>
-UNLEARN_CLONED void dampen_run(
-    P* p, const C* f, const C* r, int64_t n, const DampenSettings& settings, DampenStats& stats) {
-  const C alpha = C(settings.alpha), lam = C(settings.lam), cap = C(settings.cap);
+UNLEARN_CLONED void dampen_values(
+    P* p, const C* f, const C* r, int64_t n, C alpha, C lam, const DampenSettings& settings, DampenStats& stats) {
+  const C cap = C(settings.cap), floor = C(settings.floor);
   const double exponent = settings.exponent;
   const C infinity = std::numeric_limits<C>::infinity();
   for (int64_t start = 0; start < n; start += DAMPEN_BLOCK) {
@@ -79,6 +94,7 @@ UNLEARN_CLONED void dampen_run(
       C factor = raised<kind>(C(rb[i] * lam) / fb[i], exponent);
       factor = fb[i] == infinity ? C(0) : factor;  // lam * r may overflow, and inf / inf is no factor
       factor = factor > cap ? cap : factor;
+      factor = factor < floor ? floor : factor;
       const C value = C(load(pb[i]));
       const P dampened = store<P>(compute_t<P>(value * factor));
       pb[i] = chosen ? dampened : pb[i];
@@ -91,35 +107,56 @@ UNLEARN_CLONED void dampen_run(
 }
 
 template <class P, class C>
-void dampen_run(P* p, const C* f, const C* r, int64_t n, const DampenSettings& settings, DampenStats& stats) {
+void dampen_values(
+    P* p, const C* f, const C* r, int64_t n, C alpha, C lam, const DampenSettings& settings, DampenStats& stats) {
   switch (exponent_kind(settings.exponent)) {
-    case Exponent::one: return dampen_run<Exponent::one>(p, f, r, n, settings, stats);
-    case Exponent::half: return dampen_run<Exponent::half>(p, f, r, n, settings, stats);
-    case Exponent::two: return dampen_run<Exponent::two>(p, f, r, n, settings, stats);
-    case Exponent::three: return dampen_run<Exponent::three>(p, f, r, n, settings, stats);
-    case Exponent::other: return dampen_run<Exponent::other>(p, f, r, n, settings, stats);
+    case Exponent::one: return dampen_values<Exponent::one>(p, f, r, n, alpha, lam, settings, stats);
+    case Exponent::half: return dampen_values<Exponent::half>(p, f, r, n, alpha, lam, settings, stats);
+    case Exponent::two: return dampen_values<Exponent::two>(p, f, r, n, alpha, lam, settings, stats);
+    case Exponent::three: return dampen_values<Exponent::three>(p, f, r, n, alpha, lam, settings, stats);
+    case Exponent::other: return dampen_values<Exponent::other>(p, f, r, n, alpha, lam, settings, stats);
   }
 }
 
-// Dampens n contiguous elements.
 template <class P, class C>
-DampenStats dampen_array(P* p, const C* f, const C* r, int64_t n, const DampenSettings& settings) {
-  const int64_t runs = (n + DAMPEN_RUN - 1) / DAMPEN_RUN;
-  std::vector<DampenStats> stats(runs);
-  torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t run = begin; run < end; ++run) {
-      const int64_t start = run * DAMPEN_RUN, count = n - start < DAMPEN_RUN ? n - start : DAMPEN_RUN;
-      dampen_run(p + start, f + start, r + start, count, settings, stats[run]);
-    }
-  });
-  DampenStats total;
-  for (const DampenStats& part : stats) {
-    total.selected += part.selected;
-    total.non_finite += part.non_finite;
-    total.non_finite_selected += part.non_finite_selected;
-    total.factor_sum += part.factor_sum;
+DampenStats dampen_run(const DampenTensor& t, const Run& run, const DampenSettings& settings) {
+  DampenStats stats;
+  const bool direct = t.p.dense() && t.f.dense() && t.r.dense() && t.f.dtype == float_of<C> && t.r.dtype == float_of<C>;
+  const int64_t step = direct ? run.count : DAMPEN_SLAB, end = run.start + run.count;
+  C f[DAMPEN_SLAB], r[DAMPEN_SLAB];
+  P gathered[DAMPEN_SLAB];
+  for (int64_t start = run.start; start < end; start += step) {
+    const int64_t count = std::min(step, end - start), before = stats.selected;
+    const C *fs = read(t.f, t.shape, start, count, f), *rs = read(t.r, t.shape, start, count, r);
+    P* p = gathered;
+    if (t.p.dense())
+      p = static_cast<P*>(t.p.data) + start;
+    else
+      gather(t.p, t.shape, start, count, p);
+    dampen_values(p, fs, rs, count, C(t.alpha), C(t.lam), settings, stats);
+    if (p == gathered && stats.selected > before) scatter(t.p, t.shape, start, count, p);
   }
-  return total;
+  return stats;
+}
+
+inline DampenStats dampen_run(const DampenTensor& t, const Run& run, const DampenSettings& settings) {
+  return dispatch(t.p.dtype, [&](auto type) {
+    using P = decltype(type);
+    if constexpr (!std::is_same_v<P, double>) {
+      if (!t.wide()) return dampen_run<P, float>(t, run, settings);
+    }
+    return dampen_run<P, double>(t, run, settings);
+  });
+}
+
+// Dampens all of them; returns the counts of each.
+inline std::vector<DampenStats> dampen(const std::vector<DampenTensor>& tensors, const DampenSettings& settings) {
+  WorkList work;
+  for (const DampenTensor& t : tensors) work.add(t.n);
+  std::vector<DampenStats> parts(work.runs().size()), stats(tensors.size());
+  work.for_each([&](const Run& run, int64_t index) { parts[index] = dampen_run(tensors[run.tensor], run, settings); });
+  for (size_t i = 0; i < parts.size(); ++i) stats[work.runs()[i].tensor].add(parts[i]);
+  return stats;
 }
 
 }  // namespace unlearn

@@ -65,11 +65,11 @@ void launch(const DampenList& list, const DampenSettings& settings, double* slot
 // Tensors of one dtype, and importances of one dtype: their launches, each of at most DAMPEN_LIST tensors.
 class Group {
  public:
-  void add(const Tensor& p, const Tensor& f, const Tensor& r, int row) {
+  void add(const Tensor& p, const Tensor& f, const Tensor& r, double alpha, double lam, int row) {
     if (lists_.empty() || lists_.back().tensors == DAMPEN_LIST) lists_.emplace_back();
     DampenList& list = lists_.back();
     list.tensor[list.tensors++] = {
-        p.mutable_data_ptr(), f.const_data_ptr(), r.const_data_ptr(), p.numel(), list.chunks, row};
+        p.mutable_data_ptr(), f.const_data_ptr(), r.const_data_ptr(), p.numel(), alpha, lam, list.chunks, row};
     list.chunks += dampen_chunks(p.numel());
   }
 
@@ -101,11 +101,13 @@ class Group {
 };
 
 Tensor dampen_(
-    std::vector<Tensor> params, std::vector<Tensor> forget, std::vector<Tensor> reference, double alpha, double lam,
-    double exponent, double cap) {
+    std::vector<Tensor> params, std::vector<Tensor> forget, std::vector<Tensor> reference, std::vector<double> alpha,
+    std::vector<double> lam, double exponent, double cap, double floor) {
   STD_TORCH_CHECK(
       params.size() == forget.size() && params.size() == reference.size(),
       "forget and reference must have as many tensors as params");
+  STD_TORCH_CHECK(
+      alpha.size() == params.size() && lam.size() == params.size(), "alpha and lam must have one value a parameter");
   const int64_t P = int64_t(params.size());
   if (P == 0) return torch::stable::empty({0, DAMPEN_COUNTS}, ScalarType::Double);
   const auto device = params[0].get_device_index();
@@ -140,7 +142,7 @@ Tensor dampen_(
     if (p.const_data_ptr() != params[i].const_data_ptr()) copies.emplace_back(i, p);
     kept.push_back(contiguous_as(forget[i], dtype));
     kept.push_back(contiguous_as(reference[i], dtype));
-    groups[{params[i].scalar_type(), dtype}].add(p, kept[kept.size() - 2], kept.back(), int(i));
+    groups[{params[i].scalar_type(), dtype}].add(p, kept[kept.size() - 2], kept.back(), alpha[i], lam[i], int(i));
   }
 
   int64_t chunks = 0;
@@ -148,7 +150,7 @@ Tensor dampen_(
   Tensor slots = torch::stable::new_empty(params[0], {chunks, DAMPEN_COUNTS}, ScalarType::Double);
   Tensor table = torch::stable::new_empty(params[0], {P, DAMPEN_COUNTS}, ScalarType::Double);
   torch::stable::zero_(table);  // empty tensors have rows, and no kernel
-  const DampenSettings settings{alpha, lam, exponent, cap};
+  const DampenSettings settings{exponent, cap, floor};
   double* slot = static_cast<double*>(slots.mutable_data_ptr());
   for (const auto& [dtypes, group] : groups) {
     slot =

@@ -1,4 +1,4 @@
-// dampen_ on CUDA, the kernels: p <- p * min((lam * r / f)^exponent, cap) where f > alpha * r, in place.
+// dampen_ on CUDA, the kernels: p <- p * min((lam * r / f)^exponent, cap), not below floor * p, where f > alpha * r.
 //
 // Fused: selection, factor, product, and the report's counts. Reads f and r; reads and writes p only in the vectors in
 // which something is selected.
@@ -25,22 +25,23 @@ constexpr int64_t DAMPEN_CHUNK = 1 << 16;  // elements
 constexpr int DAMPEN_COUNTS = 4;           // selected, non-finite importances, non-finite selected parameters, factors
 
 struct DampenSettings {
-  double alpha, lam, exponent, cap;
+  double exponent, cap, floor;
 };
 
 struct DampenTensor {
   void* p;
   const void *f, *r;
   int64_t n;
+  double alpha, lam;
   int first;  // its first chunk, counted from the list's
   int row;    // of the table
 };
 
 // Arguments of a kernel may take 4 KB, from CUDA 12.1 on 32 KB less a few bytes.
 #if CUDART_VERSION >= 12010
-constexpr int DAMPEN_LIST = 720;
+constexpr int DAMPEN_LIST = 576;
 #else
-constexpr int DAMPEN_LIST = 96;
+constexpr int DAMPEN_LIST = 70;
 #endif
 
 struct DampenList {
@@ -81,6 +82,13 @@ __device__ C raised(C ratio, double exponent) {
   return C(pow(double(ratio), exponent));
 }
 
+// A tensor's, in the type that it is computed in.
+template <class C>
+struct Factors {
+  C alpha, lam, cap, floor;
+  double exponent;
+};
+
 struct DampenCounts {
   unsigned selected = 0, non_finite = 0, non_finite_selected = 0;  // of a chunk
   double factors = 0;
@@ -88,12 +96,13 @@ struct DampenCounts {
 
 // Whether an element is selected, and its factor.
 template <bool LINEAR, class C>
-__device__ bool selects(C f, C r, const DampenSettings& settings, DampenCounts& counts, C& factor) {
+__device__ bool selects(C f, C r, const Factors<C>& settings, DampenCounts& counts, C& factor) {
   if (!(isfinite(f) && isfinite(r))) ++counts.non_finite;
-  if (!(f > r * C(settings.alpha))) return false;
-  factor = raised<LINEAR>(C(r * C(settings.lam)) / f, settings.exponent);
+  if (!(f > r * settings.alpha)) return false;
+  factor = raised<LINEAR>(C(r * settings.lam) / f, settings.exponent);
   if (isinf(f)) factor = C(0);  // lam * r may overflow, and inf / inf is no factor
-  if (factor > C(settings.cap)) factor = C(settings.cap);
+  if (factor > settings.cap) factor = settings.cap;
+  if (factor < settings.floor) factor = settings.floor;
   ++counts.selected;
   counts.factors += double(factor);
   return true;
@@ -119,7 +128,7 @@ __device__ bool is_aligned(const T* x) {
 // Elements begin to end of one tensor, by the block's threads.
 template <bool LINEAR, class P, class F, class C>
 __device__ void dampen_elements(
-    P* p, const F* f, const F* r, int64_t begin, int64_t end, const DampenSettings& settings, DampenCounts& counts) {
+    P* p, const F* f, const F* r, int64_t begin, int64_t end, const Factors<C>& settings, DampenCounts& counts) {
   for (int64_t i = begin + threadIdx.x; i < end; i += DAMPEN_THREADS) {
     C factor;
     if (selects<LINEAR>(widen<C>(f[i]), widen<C>(r[i]), settings, counts, factor)) {
@@ -131,7 +140,7 @@ __device__ void dampen_elements(
 // Whole vectors of one tensor, of which the first begins at element 0 of p, f and r.
 template <bool LINEAR, int N, int UNROLL, class P, class F, class C>
 __device__ void dampen_vectors(
-    P* p, const F* f, const F* r, int64_t vectors, const DampenSettings& settings, DampenCounts& counts) {
+    P* p, const F* f, const F* r, int64_t vectors, const Factors<C>& settings, DampenCounts& counts) {
   const auto* fs = reinterpret_cast<const Vector<F, N>*>(f);
   const auto* rs = reinterpret_cast<const Vector<F, N>*>(r);
   auto* ps = reinterpret_cast<Vector<P, N>*>(p);
@@ -185,10 +194,11 @@ __device__ inline void store_counts(const DampenCounts& counts, double* slot) {
 
 template <bool LINEAR, class P, class F, class C>
 __global__ void __launch_bounds__(DAMPEN_THREADS)
-    dampen_kernel(const __grid_constant__ DampenList list, const DampenSettings settings, double* slots) {
+    dampen_kernel(const __grid_constant__ DampenList list, const DampenSettings shared, double* slots) {
   constexpr int SMALLER = sizeof(P) < sizeof(F) ? sizeof(P) : sizeof(F);
-  constexpr int N = 16 / SMALLER;  // elements of a vector
-  constexpr int UNROLL = sizeof(F) * N > 32 ? 1 : sizeof(F) * N > 16 ? 2 : 4;
+  // Elements of a vector: 16 bytes of the narrower type, but no more than registers hold in double.
+  constexpr int N = 16 / SMALLER < int(32 / sizeof(C)) ? 16 / SMALLER : int(32 / sizeof(C));
+  constexpr int UNROLL = sizeof(F) * N > 32 || sizeof(C) == 8 ? 1 : sizeof(F) * N > 16 ? 2 : 4;  // in flight
   for (int chunk = blockIdx.x; chunk < list.chunks; chunk += gridDim.x) {
     int low = 0, high = list.tensors;  // the last tensor whose first chunk is not beyond this one
     while (high - low > 1) {
@@ -200,6 +210,7 @@ __global__ void __launch_bounds__(DAMPEN_THREADS)
     const auto *f = static_cast<const F*>(tensor.f), *r = static_cast<const F*>(tensor.r);
     int64_t begin = int64_t(chunk - tensor.first) * DAMPEN_CHUNK;
     int64_t end = begin + DAMPEN_CHUNK < tensor.n ? begin + DAMPEN_CHUNK : tensor.n;
+    const Factors<C> settings{C(tensor.alpha), C(tensor.lam), C(shared.cap), C(shared.floor), shared.exponent};
     DampenCounts counts;
     // Chunks hold whole vectors, so that what is aligned at this one's start is at all others'.
     const int64_t past = reinterpret_cast<uintptr_t>(p) % alignof(Vector<P, N>) / sizeof(P);

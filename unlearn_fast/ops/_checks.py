@@ -1,5 +1,7 @@
 """Checks of arguments that several operators share. An error names the argument, what was wrong, what is right."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,16 @@ FLOATING = (float32, float64, _bfloat16, float16)
 
 def shape(tensor: Tensor) -> str:
     return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
+
+
+def number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above: bool = False) -> float:
+    """The value, where it is a number between low and high, or above low."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}: it must be a number")
+    wanted = f"between {low:g} and {high:g}" if high < math.inf else f"{'>' if above else '>='} {low:g}"
+    if not low <= float(value) <= high or (above and value == low):  # NaN neither
+        raise ValueError(f"{name} is {value}: it must be {wanted}")
+    return float(value)
 
 
 def floating(name: str, tensor: Tensor) -> None:

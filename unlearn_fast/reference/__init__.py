@@ -20,6 +20,7 @@ from unlearn_fast.reference.linear_sequences import (
     linear_wga_loss,
 )
 from unlearn_fast.reference.logprobs import linear_token_logprobs, token_kl, token_logprobs, token_statistics
+from unlearn_fast.reference.selection import alpha_for_percentile, selection_curve, top_fraction_mask
 from unlearn_fast.reference.sequences import (
     ceu_loss,
     dpo_loss,
@@ -42,6 +43,7 @@ from unlearn_fast.reference.squares import (
 )
 
 __all__ = [
+    "alpha_for_percentile",
     "ceu_loss",
     "cross_entropy",
     "dampen_",
@@ -68,6 +70,7 @@ __all__ = [
     "linear_wga_loss",
     "npo_loss",
     "satimp_loss",
+    "selection_curve",
     "selective_log_softmax",
     "sequence_logprobs",
     "simnpo_loss",
@@ -78,6 +81,7 @@ __all__ = [
     "token_kl",
     "token_logprobs",
     "token_statistics",
+    "top_fraction_mask",
     "undial_loss",
     "wga_loss",
 ]

@@ -1,21 +1,26 @@
 """Selective dampening of parameters, in place."""
 
-import math
-import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_fast._library import fake, implement, warn_if_slow
 from unlearn_fast._report import DampenReport
-from unlearn_fast.ops.dampen.align import Entry, align
+from unlearn_fast.ops import _checks
+from unlearn_fast.ops.dampen.align import Entry, align, on_device
+from unlearn_fast.ops.dampen.settings import Setting, by_parameter, check_settings
+from unlearn_fast.ops.dampen.stream import dampen_streamed_
+from unlearn_fast.ops.dampen.undo import UndoLog, undo_
 from unlearn_fast.reference.dampen import dampen_one_
 
-__all__ = ["DampenReport", "dampen_"]
+__all__ = ["DampenReport", "Setting", "UndoLog", "check_settings", "dampen_", "undo_"]
 
 Parameters = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 Importances = Mapping[str, Tensor] | Sequence[Tensor]
+
+SEGMENT = 1 << 26  # elements that are recorded, and then dampened, together
 
 
 @torch.no_grad()
@@ -24,10 +29,12 @@ def dampen_(
     forget: Importances,
     reference: Importances,
     *,
-    alpha: float,
-    lam: float = 1.0,
+    alpha: Setting,
+    lam: Setting = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
+    floor: float = 0.0,
+    undo: bool | UndoLog = False,
 ) -> DampenReport:
     """Selective synaptic dampening, in place: `p *= min((lam * r / f)^exponent, cap)` where `f > alpha * r`.
 
@@ -42,10 +49,16 @@ def dampen_(
         forget, reference: importances f and r: mappings name -> tensor, or lists aligned with `params` (with
             `params.parameters()` for a module). Any floating dtype and device; names may carry a `module.` prefix.
             Named parameters that have neither stay unchanged and are listed in the report.
-        alpha: selection threshold, >= 0. Published: 10 for ResNet-18 on CIFAR.
-        lam: dampening constant, >= 0. Published: 1.
+        alpha: selection threshold, >= 0. Published: 10 for ResNet-18 on CIFAR. One number, or one for each parameter:
+            a function of the name, or a mapping whose keys are names, beginnings of names up to a dot ("layer4"), or
+            ranges of layers ("model.layers[8:16]", "model.layers[8:].mlp"); of several keys that fit, the one that
+            fits most of the name counts, and "" fits all. What no key fits, or where the function returns None, stays
+            unchanged and is listed in the report.
+        lam: dampening constant, >= 0. Published: 1. One number, or one for each parameter, as `alpha`.
         exponent: power of the ratio, > 0.
         cap: upper limit of the factor, >= 0 (`lower_bound` in the released code). It binds only if lam > alpha.
+        floor: lower limit of the factor, >= 0: no value shrinks below that share of itself. Published: 0.
+        undo: True keeps what is changed in the report's `undo`, for `undo_`; an `UndoLog` is filled on the way.
 
     Returns:
         A `DampenReport`: per parameter and in total the elements, selected, non-finite importances and mean factor.
@@ -56,61 +69,111 @@ def dampen_(
     Source: Foster, Schoepf, Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
     Dampening", AAAI 2024.
     """
-    check_settings(alpha, lam, exponent, cap)
+    check_settings(alpha, lam, exponent, cap, floor)
+    if not isinstance(undo, (bool, UndoLog)):
+        raise TypeError(f"undo is a {type(undo).__name__}: it must be True, False or an UndoLog")
     alignment = align(params, forget, reference)
-    groups = _by_device(alignment.entries)
+    chosen = choose(alignment.entries, alpha, lam)
+    log = UndoLog() if undo is True else undo or None
     tables = []
-    for device, entries in groups.items():
-        warn_if_slow(device.type)
-        p, f, r = zip(*((e.param, e.forget, e.reference) for e in entries), strict=True)
-        tables.append(
-            torch.ops.unlearn_fast.dampen_(list(p), list(f), list(r), *map(float, (alpha, lam, exponent, cap)))
-        )
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version([t for t in p if not t.is_inference()])
-    ordered = [e for entries in groups.values() for e in entries]
-    if len(tables) == 1:
-        stats = tables[0]
-    else:  # several devices: the report gathers them, which is the only sync
-        stats = torch.cat([t.cpu() for t in tables]) if tables else torch.zeros(0, 4, dtype=torch.float64)
+    for part in _parts(chosen.entries, None if log is None else SEGMENT):
+        entries = [chosen.entries[i] for i in part]
+        alphas, lams = ([values[i] for i in part] for values in (chosen.alpha, chosen.lam))
+        if log is not None:
+            log.record(entries := on_device(entries), alphas)
+        tables.append(apply_(entries, alphas, lams, exponent, cap, floor))
+        if log is not None:
+            log.applied()
+    if len({t.device for t in tables}) > 1:  # the report gathers them, which is the only sync
+        tables = [t.cpu() for t in tables]
     return DampenReport(
-        tuple(e.name for e in ordered),
-        tuple(e.param.numel() for e in ordered),
-        stats,
+        tuple(e.name for e in chosen.entries),
+        tuple(e.param.numel() for e in chosen.entries),
+        (tables[0] if len(tables) == 1 else torch.cat(tables)) if tables else torch.zeros(0, 4, dtype=torch.float64),
         alignment.without_importance,
         alignment.tied,
+        chosen.left_out,
+        tuple(chosen.alpha),
+        tuple(chosen.lam),
+        log,
     )
 
 
-def check_settings(alpha: float, lam: float, exponent: float, cap: float) -> None:
-    """Raises where a setting is negative, zero for the exponent, or not a number."""
-    for name, value in (("alpha", alpha), ("lam", lam), ("exponent", exponent), ("cap", cap)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} is {value!r}: it must be a number")
-        if math.isnan(value) or value < 0 or (name == "exponent" and value == 0):
-            raise ValueError(f"{name} is {value}: it must be {'> 0' if name == 'exponent' else '>= 0'}")
-    if lam > torch.finfo(torch.float32).max:
-        raise ValueError(f"lam is {lam}: it must be finite in float32, because inf * 0 is no factor")
+class Chosen(NamedTuple):
+    """The parameters that have settings, by device, and their settings."""
+
+    entries: list[Entry]
+    alpha: list[float]
+    lam: list[float]
+    left_out: tuple[str, ...]  # by alpha
 
 
-def _by_device(entries: Sequence[Entry]) -> dict[torch.device, list[Entry]]:
-    groups: dict[torch.device, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.param.device, []).append(entry)
-    return groups
+def choose(entries: Sequence[Entry], alpha: Setting, lam: Setting) -> Chosen:
+    """Gives every parameter its settings; those on one device follow one another."""
+    devices = list(dict.fromkeys(entry.param.device for entry in entries))
+    ordered = sorted(entries, key=lambda entry: devices.index(entry.param.device))
+    names = [entry.name for entry in ordered]
+    alphas, lams = by_parameter("alpha", alpha, names), by_parameter("lam", lam, names)
+    chosen = Chosen([], [], [], tuple(name for name, value in zip(names, alphas, strict=True) if value is None))
+    for entry, of_alpha, of_lam in zip(ordered, alphas, lams, strict=True):
+        if of_alpha is None:
+            continue
+        if of_lam is None:
+            raise ValueError(f"lam has nothing for {entry.name!r}, which alpha has: give both, or no alpha")
+        chosen.entries.append(entry)
+        chosen.alpha.append(of_alpha)
+        chosen.lam.append(of_lam)
+    return chosen
+
+
+def apply_(
+    entries: Sequence[Entry], alphas: list[float], lams: list[float], exponent: float, cap: float, floor: float
+) -> Tensor:  # [len(entries), 4]
+    """Dampens parameters on one device."""
+    device = entries[0].param.device
+    warn_if_slow(device.type)
+    operator, rest = torch.ops.unlearn_fast.dampen_, (float(exponent), float(cap), float(floor))
+
+    def dampen(indices: list[int], p: list[Tensor], f: list[Tensor], r: list[Tensor]) -> Tensor:
+        return operator(p, f, r, [alphas[i] for i in indices], [lams[i] for i in indices], *rest)
+
+    params = [entry.param for entry in entries]
+    if all(t.device == device for entry in entries for t in (entry.forget, entry.reference)):
+        table = operator(params, [e.forget for e in entries], [e.reference for e in entries], alphas, lams, *rest)
+    else:
+        table = dampen_streamed_(entries, dampen)
+    _checks.written(*params)
+    return table
+
+
+def _parts(entries: Sequence[Entry], segment: int | None) -> Iterator[list[int]]:
+    """Entries that are dampened by one call: on one device, and of about `segment` elements where that is given."""
+    part: list[int] = []
+    filled = 0
+    for i, entry in enumerate(entries):
+        n = entry.param.numel()
+        full = segment is not None and filled + n > segment
+        if part and (full or entry.param.device != entries[part[0]].param.device):
+            yield part
+            part, filled = [], 0
+        part.append(i)
+        filled += n
+    if part:
+        yield part
 
 
 def _dampen(
     params: list[Tensor],
     forget: list[Tensor],
     reference: list[Tensor],
-    alpha: float,
-    lam: float,
+    alpha: list[float],
+    lam: list[float],
     exponent: float,
     cap: float,
+    floor: float,
 ) -> Tensor:
-    triples = zip(params, forget, reference, strict=True)
-    stats = [dampen_one_(p, f, r, alpha, lam, exponent, cap) for p, f, r in triples]
+    rows = zip(params, forget, reference, alpha, lam, strict=True)
+    stats = [dampen_one_(p, f, r, a, lam_, exponent, cap, floor) for p, f, r, a, lam_ in rows]
     return torch.stack(stats) if stats else torch.zeros(0, 4, dtype=torch.float64)
 
 

@@ -12,7 +12,7 @@ from unlearn_fast.ops import _checks
 
 
 class Entry(NamedTuple):
-    """One parameter and its importances, all with one memory layout, on one device."""
+    """One parameter, and its importances on its device or on the CPU; axes in the order of the parameter's strides."""
 
     name: str
     param: Tensor
@@ -137,12 +137,21 @@ def _check_parameter(name: str, param: Tensor) -> None:
 
 
 def _entry(name: str, param: Tensor, f: Tensor, r: Tensor) -> Entry:
-    # float64 only where it is asked for: a float64 importance keeps its selection exact for a float32 parameter.
-    dtype = torch.float64 if torch.float64 in (param.dtype, f.dtype, r.dtype) else torch.float32
-    f, r = (t.detach().to(device=param.device, dtype=dtype) for t in (f, r))
-    # Seen in the order of its strides, a channels-last parameter is contiguous and needs no copy.
+    f, r = (t.detach() if t.is_cpu else t.detach().to(param.device) for t in (f, r))
+    # Seen in the order of its strides, a channels-last parameter is contiguous.
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
-    return Entry(name, *(t.permute(order) for t in (param, f, r)))
+    if order != list(range(param.dim())):
+        param, f, r = (t.permute(order) for t in (param, f, r))
+    return Entry(name, param, f, r)
+
+
+def on_device(entries: Sequence[Entry]) -> list[Entry]:
+    """The same, with their importances where the parameters are."""
+    return [
+        Entry(name, p, f.to(p.device), r.to(p.device)) if p.device != f.device or p.device != r.device else entry
+        for entry in entries
+        for name, p, f, r in [entry]
+    ]
 
 
 def _refuse_shared_memory(entries: Sequence[Entry]) -> None:
