@@ -16,6 +16,7 @@
 namespace unlearn {
 
 constexpr int64_t DAMPEN_BLOCK = 128;  // elements whose p is skipped together
+constexpr int64_t DAMPEN_AHEAD = 4;    // blocks in which p has time to arrive
 constexpr int64_t DAMPEN_SLAB = 1024;  // elements that are converted together
 
 struct DampenTensor {
@@ -65,44 +66,73 @@ UNLEARN_INLINE C raised(C ratio, double exponent) {
   return C(std::pow(double(ratio), exponent));
 }
 
+// p of a block that will be changed soon. Addresses beyond the end are harmless.
+template <class P>
+UNLEARN_INLINE void prefetch_block(const P* block) {
+  for (int64_t line = 0; line < int64_t(DAMPEN_BLOCK * sizeof(P)); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(block) + line, 1, 3);
+  }
+}
+
 // P: the parameter's type; C: the type in which all is computed, float or double.
 template <Exponent kind, class P, class C>
-UNLEARN_CLONED void dampen_values(
+UNLEARN_INLINE void dampen_block(
     P* p, const C* f, const C* r, int64_t n, C alpha, C lam, const DampenSettings& settings, DampenStats& stats) {
   const C cap = C(settings.cap), floor = C(settings.floor);
   const double exponent = settings.exponent;
   const C infinity = std::numeric_limits<C>::infinity();
-  for (int64_t start = 0; start < n; start += DAMPEN_BLOCK) {
-    const int64_t count = n - start < DAMPEN_BLOCK ? n - start : DAMPEN_BLOCK;
-    const C *fb = f + start, *rb = r + start;
-    P* pb = p + start;
-    int32_t selected = 0, non_finite = 0;
-#pragma omp simd reduction(+ : selected, non_finite)
-    for (int64_t i = 0; i < count; ++i) {
-      selected += fb[i] > rb[i] * alpha;
-      non_finite += !(is_finite(fb[i]) & is_finite(rb[i]));
-    }
-    stats.non_finite += non_finite;
-    if (selected == 0) continue;
-    stats.selected += selected;
-
-    int32_t non_finite_selected = 0;
-    double factor_sum = 0;
+  int32_t non_finite_selected = 0;
+  double factor_sum = 0;
 #pragma omp simd reduction(+ : non_finite_selected, factor_sum)
-    for (int64_t i = 0; i < count; ++i) {
-      const bool chosen = fb[i] > rb[i] * alpha;
-      C factor = raised<kind>(C(rb[i] * lam) / fb[i], exponent);
-      factor = fb[i] == infinity ? C(0) : factor;  // lam * r may overflow, and inf / inf is no factor
-      factor = factor > cap ? cap : factor;
-      factor = factor < floor ? floor : factor;
-      const C value = C(load(pb[i]));
-      const P dampened = store<P>(compute_t<P>(value * factor));
-      pb[i] = chosen ? dampened : pb[i];
-      factor_sum += chosen ? double(factor) : 0.0;
-      non_finite_selected += chosen & !is_finite(value);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool chosen = f[i] > r[i] * alpha;
+    C factor = raised<kind>(C(r[i] * lam) / f[i], exponent);
+    factor = f[i] == infinity ? C(0) : factor;  // lam * r may overflow, and inf / inf is no factor
+    factor = factor > cap ? cap : factor;
+    factor = factor < floor ? floor : factor;
+    const C value = C(load(p[i]));
+    const P dampened = store<P>(compute_t<P>(value * factor));
+    p[i] = chosen ? dampened : p[i];
+    factor_sum += chosen ? double(factor) : 0.0;
+    non_finite_selected += chosen & !is_finite(value);
+  }
+  stats.non_finite_selected += non_finite_selected;
+  stats.factor_sum += factor_sum;
+}
+
+template <Exponent kind, class P, class C>
+UNLEARN_CLONED void dampen_values(
+    P* p, const C* f, const C* r, int64_t n, C alpha, C lam, const DampenSettings& settings, DampenStats& stats) {
+  const int64_t blocks = (n + DAMPEN_BLOCK - 1) / DAMPEN_BLOCK;
+  bool waiting[DAMPEN_AHEAD] = {}, touched = false;
+  for (int64_t block = 0; block < blocks + DAMPEN_AHEAD; ++block) {
+    int64_t start = block * DAMPEN_BLOCK, ready = -1;
+    bool& waits = waiting[block % DAMPEN_AHEAD];
+    if (waits) ready = start - DAMPEN_AHEAD * DAMPEN_BLOCK;
+    waits = false;
+    if (block < blocks) {
+      const int64_t count = n - start < DAMPEN_BLOCK ? n - start : DAMPEN_BLOCK;
+      const C *fb = f + start, *rb = r + start;
+      int32_t selected = 0, non_finite = 0;
+#pragma omp simd reduction(+ : selected, non_finite)
+      for (int64_t i = 0; i < count; ++i) {
+        selected += fb[i] > rb[i] * alpha;
+        non_finite += !(is_finite(fb[i]) & is_finite(rb[i]));
+      }
+      stats.selected += selected;
+      stats.non_finite += non_finite;
+      // After a touched block p is on its way already. A block on its own is fetched, and changed a few blocks later.
+      const bool before = touched;
+      touched = selected > 0;
+      if (touched && before)
+        dampen_block<kind>(p + start, f + start, r + start, count, alpha, lam, settings, stats);
+      else if (touched)
+        prefetch_block(p + start), waits = true;
     }
-    stats.non_finite_selected += non_finite_selected;
-    stats.factor_sum += factor_sum;
+    if (ready >= 0) {
+      const int64_t count = n - ready < DAMPEN_BLOCK ? n - ready : DAMPEN_BLOCK;
+      dampen_block<kind>(p + ready, f + ready, r + ready, count, alpha, lam, settings, stats);
+    }
   }
 }
 

@@ -21,15 +21,14 @@ inline Float float_dtype(ScalarType dtype, const char* argument) {
 inline Strided strided(const Tensor& tensor, const char* argument) {
   Strided t{nullptr, float_dtype(tensor.scalar_type(), argument), {}};
   t.data = const_cast<void*>(tensor.const_data_ptr());
-  t.strides.resize(tensor.dim());
-  for (int64_t d = 0; d < tensor.dim(); ++d) t.strides[d] = tensor.stride(d);
+  const auto strides = tensor.strides();
+  t.strides.assign(strides.begin(), strides.end());
   return t;
 }
 
 inline Axes shape_of(const Tensor& tensor) {
-  Axes shape(tensor.dim());
-  for (int64_t d = 0; d < tensor.dim(); ++d) shape[d] = tensor.size(d);
-  return shape;
+  const auto sizes = tensor.sizes();
+  return Axes(sizes.begin(), sizes.end());
 }
 
 inline void check_same_shapes(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const char* message) {

@@ -38,7 +38,7 @@ def align(params: Any, forget: Any, reference: Any) -> Alignment:
     reference = _importances("reference", reference, named, tied, params)
     entries: list[Entry] = []
     without: list[str] = []
-    memory: dict[tuple[Any, ...], str] = {}
+    at: dict[int, tuple[str, Tensor]] = {}  # first address -> the first parameter there
     for name, param in named.items():
         _check_parameter(name, param)
         f, r = forget.get(name), reference.get(name)
@@ -48,18 +48,25 @@ def align(params: Any, forget: Any, reference: Any) -> Alignment:
         if f is None or r is None:
             absent = "forget" if f is None else "reference"
             raise ValueError(f"{absent} has no importance for {name!r}, and the other set has: give both or neither")
-        place = (param.device, param.data_ptr(), param.shape, param.stride())
-        if param.numel() and memory.setdefault(place, name) != name:
-            first = tied[name] = memory[place]
-            if not (torch.equal(f, forget[first]) and torch.equal(r, reference[first])):
-                raise ValueError(
-                    f"params[{name!r}] is the same tensor as {first!r}, with other importances: it can have only one"
-                )
-            continue
+        if param.numel() and not torch.compiler.is_compiling():  # which knows no addresses
+            first, same = at.setdefault(param.data_ptr(), (name, param))
+            if first != name and _is_same(param, same):
+                tied[name] = first
+                if not (torch.equal(f, forget[first]) and torch.equal(r, reference[first])):
+                    raise ValueError(
+                        f"params[{name!r}] is the same tensor as {first!r}, with other importances:"
+                        " it can have only one"
+                    )
+                continue
         entries.append(_entry(name, param, f, r))
-    if not torch.compiler.is_compiling():  # which knows no addresses
+    if not torch.compiler.is_compiling():
         _refuse_shared_memory(entries)
     return Alignment(entries, tuple(without), tied)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that begin at one address are one."""
+    return a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _named(params: Any) -> dict[str, Tensor]:
@@ -132,15 +139,14 @@ def _check_parameter(name: str, param: Tensor) -> None:
     _checks.floating(f"params[{name!r}]", param)
     if param.layout != torch.strided:
         raise TypeError(f"params[{name!r}] has layout {param.layout}: it must be a dense (strided) tensor")
-    if _checks.may_overlap(param.shape, param.stride()):
+    if not param.is_contiguous() and _checks.may_overlap(param.shape, param.stride()):
         raise ValueError(f"params[{name!r}] has overlapping (expanded) memory: give it memory of its own")
 
 
 def _entry(name: str, param: Tensor, f: Tensor, r: Tensor) -> Entry:
-    f, r = (t.detach() if t.is_cpu else t.detach().to(param.device) for t in (f, r))
-    # Seen in the order of its strides, a channels-last parameter is contiguous.
-    order = sorted(range(param.dim()), key=param.stride, reverse=True)
-    if order != list(range(param.dim())):
+    f, r = (t if t.is_cpu else t.to(param.device) for t in _checks.without_graph(f, r))
+    if not param.is_contiguous():  # seen in the order of its strides, a channels-last parameter is
+        order = sorted(range(param.dim()), key=param.stride, reverse=True)
         param, f, r = (t.permute(order) for t in (param, f, r))
     return Entry(name, param, f, r)
 
@@ -156,6 +162,9 @@ def on_device(entries: Sequence[Entry]) -> list[Entry]:
 
 def _refuse_shared_memory(entries: Sequence[Entry]) -> None:
     """Two parameters that share part of their memory would be dampened twice there."""
+    addresses = sorted(_addresses(entry.param) for entry in entries if entry.param.numel())
+    if all(end <= start for (_, end), (start, _) in itertools.pairwise(addresses)):
+        return
     by_storage: dict[int, list[Entry]] = {}
     for entry in entries:
         if entry.param.numel():
@@ -173,6 +182,15 @@ def _refuse_shared_memory(entries: Sequence[Entry]) -> None:
 def _ranges_overlap(entries: Sequence[Entry]) -> bool:
     ranges = sorted(_range(entry.param) for entry in entries)
     return any(start < end for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+def _addresses(t: Tensor) -> tuple[int, int]:
+    """Of its first and one past its last byte."""
+    start = int(t.data_ptr())
+    if t.is_contiguous():
+        return start, start + t.nbytes
+    begin, end = _range(t)
+    return start, start + end - begin
 
 
 def _range(t: Tensor) -> tuple[int, int]:
