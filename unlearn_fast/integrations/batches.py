@@ -1,0 +1,41 @@
+"""Examples of different lengths as padded batches."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_fast.integrations.rows import IGNORED, Example
+
+
+class Batches:
+    """Mappings of input_ids, attention_mask and labels, padded on the right.
+
+    Importances are exact per example, so that the order is free: examples of one length come together, which leaves
+    little padding, and the longest first, so that too little memory shows at once.
+    """
+
+    def __init__(self, examples: Sequence[Example], size: int, pad: int) -> None:
+        self.dataset = sorted(examples, key=lambda example: -len(example.ids))
+        self.size, self.pad = size, pad
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.dataset), self.size):
+            ids, targets, _ = zip(*self.dataset[start : start + self.size], strict=True)
+            labels = _padded(targets, IGNORED) if targets[0].dim() else torch.stack(targets).long()
+            mask = _padded([torch.ones_like(row) for row in ids], 0)
+            yield {"input_ids": _padded(ids, self.pad), "attention_mask": mask, "labels": labels}
+
+
+def unused_ending(examples: Sequence[Example], vocabulary: int) -> int:
+    """A token that no example ends with: models that look for the last token before the padding find the right one."""
+    endings = {int(example.ids[-1]) for example in examples}
+    return next((token for token in range(vocabulary) if token not in endings), 0)
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value).long()
