@@ -108,7 +108,7 @@ RETAIN_BY_HAND = [("<s> k l m n o p q r", 0), ("<s> k l", 0), ("<s> b q r s t", 
 @pytest.mark.parametrize("kind", ["llama", "llama, tied", "gpt2"])
 def test_equals_ssd_by_hand_bit_for_bit(kind, dtype, tmp_path, files, capsys):
     model_dir, out = save(kind, tmp_path / "model", dtype), tmp_path / "out"
-    by_hand = T.AutoModelForCausalLM.from_pretrained(model_dir)
+    by_hand = T.AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype="auto")
     before = {n: p.detach().clone() for n, p in by_hand.named_parameters()}
     expected = ssd_(
         by_hand, forget=[batch_by_hand(FORGET_BY_HAND)], reference=[batch_by_hand(RETAIN_BY_HAND)],
@@ -118,15 +118,15 @@ def test_equals_ssd_by_hand_bit_for_bit(kind, dtype, tmp_path, files, capsys):
 
     assert main(command(model_dir, files, out)) == 0
     assert capsys.readouterr().out == f"{expected}\nwritten to {out}\n"
-    ours = T.AutoModelForCausalLM.from_pretrained(out)
+    ours = T.AutoModelForCausalLM.from_pretrained(out, torch_dtype="auto")
     assert ours.dtype == dtype and type(ours) is type(by_hand)
     for (name, p), q in zip(by_hand.named_parameters(), ours.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert any(not torch.equal(before[n], p) for n, p in ours.named_parameters())
     tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
     assert tied == (kind != "llama")
-    tokens = T.AutoTokenizer.from_pretrained(out)("a b", return_tensors="pt")
-    assert ours.generate(**tokens, max_new_tokens=4, do_sample=False).shape[1] > 3
+    ids = T.AutoTokenizer.from_pretrained(out)("a b", return_tensors="pt")["input_ids"]
+    assert ours.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > 3
 
 
 def test_the_python_function_is_the_command(llama, tmp_path, files):
@@ -216,7 +216,8 @@ def test_sharded_weights(tmp_path, files, monkeypatch):
 def test_another_dtype_is_told_in_the_config(tmp_path, files):
     model_dir = save("llama", tmp_path / "model", torch.bfloat16)
     assert main(command(model_dir, files, tmp_path / "out", "--dtype", "float32")) == 0
-    assert T.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
+    assert loaded.dtype == torch.float32
 
 
 def test_generation_settings_that_cannot_be_saved_are_copied(llama, tmp_path, files):
@@ -281,6 +282,34 @@ sys.exit(main({command(llama, files, tmp_path / "out")!r}))
         assert not list(tmp_path.glob(".*"))
     if how == "fails":
         assert process.returncode == 2 and "the disk is full" in err and "Traceback" not in err
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_its_own_runs_on_request_and_is_copied(llama, tmp_path, files):
+    (llama / "own.py").write_text(OWN_CODE)
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (llama / "config.json").write_text(json.dumps(config))
+    words, environment = command(llama, files, tmp_path / "out"), os.environ | {"HF_MODULES_CACHE": str(tmp_path / "c")}
+    run = [sys.executable, "-m", "unlearn_fast", *words]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--trust-remote-code" in done.stderr and "Traceback" not in done.stderr
+    run.append("--trust-remote-code")
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    after = contents(tmp_path / "out")
+    assert after["own.py"] == OWN_CODE.encode() and json.loads(after["config.json"]) == config
 
 
 # Rows
@@ -500,7 +529,7 @@ def test_wrong_models(llama, tmp_path, files, capsys):
     (llama / "model.safetensors").unlink()
     write(Path(files[1]), [{"input_ids": [1, 2]}])
     write(Path(files[3]), [{"input_ids": [1, 2]}])
-    refused(command(llama, files, out), "no file named model.safetensors", capsys)
+    refused(command(llama, files, out), "no file named", capsys)
 
 
 def test_a_chat_template_that_refuses(llama, tmp_path, files, capsys):

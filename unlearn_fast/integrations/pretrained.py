@@ -39,10 +39,16 @@ class Pretrained:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(map(repr, DTYPES))}")
         require("transformers", "hf", "a model directory")
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
         self.folder, self.dtype = folder, DTYPES[dtype]
         self.options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        record = json.loads((folder / "config.json").read_text("utf-8"))
+        if "auto_map" in record and not trust_remote_code and record.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"model {str(folder)!r} comes with code of its own: read it, and then allow it by trust_remote_code"
+                " (--trust-remote-code)"
+            )
         self.config: Any = AutoConfig.from_pretrained(folder, **self.options)
         if getattr(self.config, "quantization_config", None) is not None:
             raise ValueError(f"model {str(folder)!r} is quantized: importances need its floating-point weights")
@@ -105,6 +111,8 @@ class Pretrained:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         copy_other_files(self.folder, folder)
         self._adjust_config(model, folder / "config.json")
+        for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+            shutil.copymode(folder / "config.json", path)
 
     def _adjust_config(self, model: nn.Module, file: Path) -> None:
         """transformers would rewrite all of it, in the terms of its own version."""
