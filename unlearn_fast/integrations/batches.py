@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from unlearn_fast.integrations.rows import IGNORED, Example
 
-STEPS = 8
+STEPS = 4  # lengths from each power of two to the next
 
 
 class Batches:
     """Mappings of input_ids, attention_mask and labels, padded on the right.
 
     Importances are exact per example, so that the order is free: examples of one length come together, which leaves
-    little padding, and the longest first, so that too little memory shows at once. Lengths are rounded up, because some
-    models are checked again at every new one.
+    little padding, and the longest first, so that too little memory shows at once. Lengths are rounded up, because
+    models that flatten their sequences are checked again at every new one.
     """
 
     def __init__(self, examples: Sequence[Example], size: int, pad: int) -> None:
@@ -42,7 +42,7 @@ def unused_ending(examples: Sequence[Example], vocabulary: int) -> int:
 
 
 def _rounded(length: int) -> int:
-    """At most an eighth more, so that from each power of two to the next there are eight lengths."""
+    """At most a quarter more, and less than an eighth on average."""
     step = max(1, 2 ** (length.bit_length() - 1) // STEPS)
     return -(-length // step) * step
 

@@ -90,16 +90,17 @@ def ssd(
     target = None if out is None else Path(out)
     if target is not None:
         check_new_directory(target, Path(model_dir))
-    to_save = _files_to_save(files, save_importances)
+    to_save = _files_to_save(files, save_importances, apart_from={"out": target, "model_dir": Path(model_dir)})
     place = _device(device)
 
     pretrained = Pretrained(Path(model_dir), task, dtype, trust_remote_code)
     encode = _encoder(pretrained, max_length)
     sets = {name: _read(file, encode) for name, file in files.items()}
     model = pretrained.load()
-    for name, given in sets.items():
-        if isinstance(given, Importance):
-            _check_importance(files[name], given, model)
+    ready = {name: given for name, given in sets.items() if isinstance(given, Importance)}
+    for name, importance in ready.items():
+        mode = "per_example" if len(ready) < len(sets) else importance.mode
+        _check_importance(files[name], importance, model, mode)
     if target is not None:
         _check_space(target, model)
     model.to(place)
@@ -131,9 +132,12 @@ def _check_files(files: dict[str, Path]) -> None:
             raise FileNotFoundError(f"{name} is {str(file)!r}: there is no such file")
 
 
-def _files_to_save(files: dict[str, Path], folder: Name | None) -> dict[str, Path]:
+def _files_to_save(files: dict[str, Path], folder: Name | None, apart_from: dict[str, Path | None]) -> dict[str, Path]:
     if folder is None:
         return {}
+    for name, other in apart_from.items():
+        if other is not None and other.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+            raise ValueError(f"save_importances is {str(folder)!r}: it must be a directory outside of {name}")
     measured = {
         name: Path(folder) / f"{name}{IMPORTANCES}" for name, file in files.items() if file.suffix != IMPORTANCES
     }
@@ -179,15 +183,14 @@ def _read(file: Path, encode: Encode) -> Importance | list[Example]:
         raise ValueError(f"{file} is no safetensors file: {error}") from error
 
 
-def _check_importance(file: Path, given: Importance, model: nn.Module) -> None:
+def _check_importance(file: Path, given: Importance, model: nn.Module, mode: str) -> None:
     """What `ssd_` would find only after the other set was measured."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    if wrong := [
-        name for name in shapes.keys() | given.keys() if name not in given or shapes.get(name) != given[name].shape
-    ]:
-        raise ValueError(f"{file} holds importances of another model: {min(wrong)!r} (of {len(wrong)}) does not fit")
-    if given.mode != "per_example":
-        raise ValueError(f"{file} holds importances of mode {given.mode!r}: they must be of mode 'per_example'")
+    names = sorted(shapes.keys() | given.keys())
+    if wrong := [name for name in names if name not in given or shapes.get(name) != given[name].shape]:
+        raise ValueError(f"{file} holds importances of another model: {wrong[0]!r} (of {len(wrong)}) does not fit")
+    if given.mode != mode:
+        raise ValueError(f"{file} holds importances of mode {given.mode!r}: they must be of mode {mode!r}")
 
 
 def _check_space(out: Path, model: nn.Module) -> None:

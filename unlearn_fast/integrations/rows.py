@@ -44,7 +44,7 @@ def read_examples(path: Path, encode: Encode) -> list[Example]:
     if not examples:
         raise ValueError(f"{path} holds no rows: it must hold at least one")
     if cut := sum(example.cut for example in examples):
-        warnings.warn(f"{path}: {cut} of {len(examples)} rows were cut, max_length is shorter than they", stacklevel=2)
+        warnings.warn(f"{path}: {cut} of {len(examples)} rows are longer than max_length and were cut", stacklevel=2)
     return examples
 
 
