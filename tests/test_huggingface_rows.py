@@ -13,6 +13,7 @@ from model_directories import (
     MARKED_CHAT,
     TURNS,
     WORDS,
+    T,
     command,
     make_tokenizer,
     refused,
@@ -65,6 +66,25 @@ def encoded(row: dict[str, Any], chat: str | None = None, **options: Any) -> tup
 )  # fmt: skip
 def test_what_is_supervised(row, chat, supervised):
     assert encoded(row, chat)[1] == supervised
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_the_completion_is_supervised_whatever_the_tokenizer_merges(kind):
+    """All of it, and of the prompt no more than the token that spans the border."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer, core.decoder = getattr(tokenizers.pre_tokenizers, kind)(), getattr(tokenizers.decoders, kind)()
+    pairs = [("Who wrote Emma? ", "Jane Austen"), ("Who wrote", " Emma?"), ("It is nineteen", "th"), ("a: ", " b")]
+    corpus = [prompt + completion for prompt, completion in pairs] * 3
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    core.train_from_iterator(corpus, trainer)
+    tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    encode = rows.CausalRows(tokenizer, 64, len(tokenizer))
+    for prompt, completion in pairs:
+        ids, labels, _ = encode({"prompt": prompt, "completion": completion})
+        assert tokenizer.decode(ids[:-1]).strip() == prompt + completion and tokenizer.decode(ids[-1:]) == "</s>"
+        supervised = [i for i in labels.tolist() if i != rows.IGNORED]
+        whole, after_border = (tokenizer.decode(ids[-n:-1]) for n in (len(supervised), len(supervised) - 1))
+        assert whole.endswith(completion.strip()) and len(after_border) <= len(completion)
 
 
 def test_the_chat_template_is_followed():
