@@ -128,6 +128,20 @@ def test_classifications_of_other_kinds(changes, tmp_path, files, capsys):
     refused(command(model_dir, files, tmp_path / "out"), "classifies by no single label of several", capsys)
 
 
+def test_damaged_models(llama, tmp_path, files, capsys):
+    config = (llama / "config.json").read_bytes()
+    for name, damaged, message in (
+        ("model.safetensors", b"\xff" * 20, "cannot be loaded"),
+        ("tokenizer.json", b"{", "cannot be loaded"),
+        ("config.json", b"{", "config.json is no JSON"),
+        ("config.json", config.replace(b'"vocab_size": 26', b'"vocab_size": 27'), "cannot be loaded"),
+    ):
+        right = (llama / name).read_bytes()
+        (llama / name).write_bytes(damaged)
+        refused(command(llama, files, tmp_path / "out"), message, capsys)
+        (llama / name).write_bytes(right)
+
+
 def test_a_chat_template_that_refuses(llama, tmp_path, files, capsys):
     make_tokenizer("{{ raise_exception('roles must alternate') }}").save_pretrained(llama)
     write(Path(files[1]), [{"messages": TURNS}])

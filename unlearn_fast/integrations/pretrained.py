@@ -43,7 +43,10 @@ class Pretrained:
 
         self.folder, self.dtype = folder, DTYPES[dtype]
         self.options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        record = json.loads((folder / "config.json").read_text("utf-8"))
+        try:
+            record = json.loads((folder / "config.json").read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
         if "auto_map" in record and not trust_remote_code and record.get("model_type") not in CONFIG_MAPPING:
             raise ValueError(
                 f"model {str(folder)!r} comes with code of its own: read it, and then allow it by trust_remote_code"
@@ -77,15 +80,18 @@ class Pretrained:
     def load(self) -> nn.Module:
         """The model, on the CPU, in eval mode; ValueError where a part of it has no weights in the directory."""
         import transformers
+        from safetensors import SafetensorError
 
         factory = {
             "causal-lm": transformers.AutoModelForCausalLM,
             "classification": transformers.AutoModelForSequenceClassification,
         }[self.task]
         name = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
-        model, found = factory.from_pretrained(
-            self.folder, config=self.config, output_loading_info=True, **{name: self.dtype or "auto"}, **self.options
-        )
+        options = self.options | {name: self.dtype or "auto", "config": self.config, "output_loading_info": True}
+        try:
+            model, found = factory.from_pretrained(self.folder, **options)
+        except (RuntimeError, SafetensorError) as error:  # other shapes than the config's, or a damaged file
+            raise ValueError(f"the weights of {str(self.folder)!r} cannot be loaded: {error}") from error
         if missing := sorted(found["missing_keys"]):
             raise ValueError(
                 f"model {str(self.folder)!r} has no weights for {missing[0]!r} (of {len(missing)} such parameters) of"
@@ -128,7 +134,10 @@ class Pretrained:
             return None
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, **self.options)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, **self.options)
+        except Exception as error:  # tokenizers raises no narrower one
+            raise ValueError(f"the tokenizer of {str(self.folder)!r} cannot be loaded: {error}") from error
 
 
 def _task(config: Any) -> str:
