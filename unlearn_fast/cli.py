@@ -1,4 +1,4 @@
-"""The command line: `unlearn_fast info | verify | bench | demo`."""
+"""The command line: `unlearn_fast info | verify | bench | demo | ssd`."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import unlearn_fast
+from unlearn_fast.commands import ssd
 
 STDOUT = "-"
 DEVICES = ("cpu", "cuda")
@@ -69,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("out"), metavar="DIR", help="for tables and pictures (default: out)"
     )
     demo.set_defaults(run=_demo)
+
+    ssd.add_parser(commands)
     return parser
 
 

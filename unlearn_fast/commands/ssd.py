@@ -1,0 +1,116 @@
+"""`unlearn_fast ssd`: a model directory of transformers forgets."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unlearn_fast._report import DampenCounts, DampenReport
+
+SETTINGS = ("alpha", "lam", "exponent", "cap")
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the subparsers of `unlearn_fast`."""
+    parser = commands.add_parser(
+        "ssd",
+        help="a Hugging Face model directory forgets the rows of a file, without training",
+        description="Selective Synaptic Dampening of a local model directory: measures the importances of both sets,"
+        " dampens, and writes a new directory. Rows are {text}, {prompt, completion}, {question, answer}, {messages} or"
+        " {input_ids, labels}; for classification {text, label} or {sentence, label}. Nothing is downloaded.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model directory, which is only read")
+    rows = ".jsonl or .parquet, or importances (.safetensors)"
+    parser.add_argument("--forget", type=Path, required=True, metavar="FILE", help=f"what to forget: {rows}")
+    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help=f"what to keep, or all: {rows}")
+    parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="the new model directory")
+    parser.add_argument("--alpha", type=float, required=True, help="selection threshold; published for images: 10")
+    parser.add_argument("--lam", type=float, default=1.0, help="dampening constant (default: 1)")
+    parser.add_argument("--exponent", type=float, default=1.0, help="power of the factor (default: 1)")
+    parser.add_argument("--cap", type=float, default=1.0, help="upper limit of the factor (default: 1)")
+    parser.add_argument(
+        "--task", choices=("causal-lm", "classification"), help="by default as the architecture in config.json says"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="for speed and memory (default: 8)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="T", help="tokens of a row (default: the model's limit, at most 1024)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="in which the model is measured and saved (default: auto, as it is stored)",
+    )
+    parser.add_argument(
+        "--save-importances", type=Path, metavar="DIR", help="keep forget.safetensors and reference.safetensors there"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies in MODEL")
+    parser.add_argument("--dry-run", action="store_true", help="only report: no model is written, and OUT not needed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from unlearn_fast.cli import UsageError  # which imports this module
+    from unlearn_fast.integrations import huggingface
+
+    if arguments.out is None and not arguments.dry_run:
+        raise UsageError("ssd: -o is missing: it names the new model directory; --dry-run goes without")
+    out = None if arguments.dry_run else arguments.out
+    names = ("task", "batch_size", "max_length", "device", "dtype", "save_importances", "trust_remote_code")
+    options = {name: getattr(arguments, name) for name in (*SETTINGS, *names)}
+    with _told() as told:
+        try:
+            report = huggingface.ssd(arguments.model, arguments.forget, arguments.reference, out, **options)
+        except torch.OutOfMemoryError as error:
+            raise UsageError("ssd: the GPU's memory is full: try a smaller --batch-size or --max-length") from error
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            raise UsageError(f"ssd: {_one_line(error)}") from error
+    if arguments.json:
+        settings = {name: options[name] for name in SETTINGS}
+        print(json.dumps(_as_json(report, out) | {"settings": settings, "warnings": told}, indent=1, allow_nan=False))
+    else:
+        print(report)
+        print("nothing is written: a dry run" if out is None else f"written to {out}")
+    return 0
+
+
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """Warnings as lines without the place in the code; returns what was told."""
+    told: list[str] = []
+
+    def tell(message: Any, *_: Any, **__: Any) -> None:
+        told.append(_one_line(message))
+        print(f"unlearn_fast: ssd: {told[-1]}", file=sys.stderr)
+
+    with warnings.catch_warnings():  # which also puts showwarning back
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = tell
+        yield told
+
+
+def _one_line(message: Any) -> str:
+    return " ".join(str(message).split())
+
+
+def _as_json(report: DampenReport, out: Path | None) -> dict[str, Any]:
+    return {
+        "out": None if out is None else str(out),
+        "total": _counts(report.total),
+        "parameters": {name: _counts(counts) for name, counts in report.parameters.items()},
+        "without_importance": list(report.without_importance),
+        "tied": report.tied,
+    }
+
+
+def _counts(counts: DampenCounts) -> dict[str, Any]:
+    return counts._asdict() | {"mean_factor": counts.mean_factor if counts.selected else None}
