@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from unlearn_fast.benchmarking import cases, fisher, fisher_rivals, measure, memory, report
+from unlearn_fast.benchmarking import cases, dampening, fisher, fisher_rivals, measure, memory, report
 from unlearn_fast.benchmarking.case import Case, Cost, Verdict, error, make_inputs
 
 
@@ -69,7 +69,7 @@ def test_a_wrong_result_and_a_failure_are_not_timed() -> None:
 
 
 def test_ceiling_scales_with_the_cost() -> None:
-    copy = replace(cases.dampen(1000, share=0.5), rivals={}, cost=Cost("", bytes=80_000))
+    copy = replace(dampening.dampen(1000, share=0.5), rivals={}, cost=Cost("", bytes=80_000))
     outcome = measure.measure(copy, cold=False)
     assert outcome.ceiling == pytest.approx(80_000 / outcome.rate)
     product = replace(copy, cost=Cost("", flops=10**9))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import unlearn_fast
 from unlearn_fast import reference
-from unlearn_fast.benchmarking import fisher, linear, rivals, tokens
+from unlearn_fast.benchmarking import dampening, fisher, linear, rivals, tokens
 from unlearn_fast.benchmarking.case import (
     Case,
     Cost,
@@ -34,8 +34,7 @@ def smallest() -> list[Case]:
         sum_grad_squared_scale(3, 40, 16),
         sum_grad_squared_scale(3, 40, 16, channels_first=True),
         sum_grad_squared_conv(2, 3, 8, size=9, kernel=3, stride=2),
-        dampen(20_000, share=0.5),
-        dampen(20_000, share=0.001),
+        *dampening.smallest(),
         *fisher.smallest(),
     ]
 
@@ -52,8 +51,7 @@ def full() -> list[Case]:
         sum_grad_squared_linear(256, None, 1024, 1024),
         sum_grad_squared_conv(32, 64, 64, size=32, kernel=3),
         sum_grad_squared_conv(32, 512, 512, size=4, kernel=3),
-        dampen(32_000_000, share=0.5),
-        dampen(32_000_000, share=0.001),
+        *dampening.full(),
         *fisher.full(),
     ]
 
@@ -64,9 +62,7 @@ def on_gpu() -> list[Case]:
         *linear.on_gpu(),
         sum_grad_squared_linear(64, 128, 1024, 4096, BFLOAT16),
         sum_grad_squared_linear(16, 1024, 4096, 4096, BFLOAT16),
-        dampen(1_000_000_000, share=0.5),
-        dampen(1_000_000_000, share=0.001),
-        dampen(1_000_000_000, share=0.5, dtype=BFLOAT16),
+        *dampening.on_gpu(),
         *fisher.on_gpu(),
         *tokens.on_gpu(),
         sum_grad_squared_linear(32, 197, 768, 3072),
@@ -210,49 +206,3 @@ def sum_grad_squared_scale(B: int, T: int, C: int, *, channels_first: bool = Fal
         },
         cost=Cost("inputs and gradients read once", bytes=2 * B * T * C * 4),
     )
-
-
-def dampen(P: int, *, share: float, dtype: torch.dtype = FLOAT32) -> Case:
-    """Selects about `share` of the parameters, spread evenly."""
-    return Case(
-        operator="dampen_",
-        shape=f"[{P}]",
-        dtype=dtype,
-        variant=f"{share:g} selected",
-        inputs=lambda g: _importances(P, share, dtype, g),
-        overwritten=("params",),
-        ours=_dampened(_ours_dampen_),
-        exact=_dampened(_reference_dampen_),  # in float32, as released: float64 would select others at the threshold
-        rivals={
-            "reference": _dampened(_reference_dampen_),
-            "torch.compile": _dampened(compiled(rivals.where_dampen_)),
-            "released loop": _dampened(rivals.released_dampen_),
-        },
-        cost=Cost(
-            "f and r read; p read and written in the 64-byte lines where a value is selected",
-            bytes=int(P * (8 + 2 * dtype.itemsize * (1 - (1 - share) ** (64 // dtype.itemsize)))),
-        ),
-    )
-
-
-def _importances(P: int, share: float, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """f / r is uniform around the threshold alpha = 2, with `share` above it."""
-    reference, ratio = (torch.rand(P, generator=generator, device=generator.device) for _ in range(2))
-    reference, ratio = reference.add_(0.1), ratio.add_(1 + share)
-    return {"params": normal(generator, P, dtype=dtype), "forget": ratio.mul_(reference), "reference": reference}
-
-
-def _dampened(function: Callable[..., Any]) -> Run:
-    def run(x: Inputs) -> Results:
-        function(x["params"], x["forget"], x["reference"], alpha=2.0, lam=1.0)
-        return (x["params"],)
-
-    return run
-
-
-def _ours_dampen_(p: Tensor, f: Tensor, r: Tensor, *, alpha: float, lam: float) -> None:
-    unlearn_fast.dampen_([p], [f], [r], alpha=alpha, lam=lam)
-
-
-def _reference_dampen_(p: Tensor, f: Tensor, r: Tensor, *, alpha: float, lam: float) -> None:
-    reference.dampen_([p], [f], [r], alpha=alpha, lam=lam)
