@@ -111,7 +111,9 @@ class Chosen(NamedTuple):
 def choose(entries: Sequence[Entry], alpha: Setting, lam: Setting) -> Chosen:
     """Gives every parameter its settings; those on one device follow one another."""
     devices = list(dict.fromkeys(entry.param.device for entry in entries))
-    ordered = sorted(entries, key=lambda entry: devices.index(entry.param.device))
+    ordered = entries
+    if len(devices) > 1:
+        ordered = sorted(entries, key=lambda entry: devices.index(entry.param.device))
     names = [entry.name for entry in ordered]
     alphas, lams = by_parameter("alpha", alpha, names), by_parameter("lam", lam, names)
     chosen = Chosen([], [], [], tuple(name for name, value in zip(names, alphas, strict=True) if value is None))
@@ -138,7 +140,7 @@ def apply_(
         return operator(p, f, r, [alphas[i] for i in indices], [lams[i] for i in indices], *rest)
 
     params = [entry.param for entry in entries]
-    if all(t.device == device for entry in entries for t in (entry.forget, entry.reference)):
+    if device.type == "cpu" or all(t.device == device for entry in entries for t in (entry.forget, entry.reference)):
         table = operator(params, [e.forget for e in entries], [e.reference for e in entries], alphas, lams, *rest)
     else:
         table = dampen_streamed_(entries, dampen)
@@ -149,15 +151,14 @@ def apply_(
 def _parts(entries: Sequence[Entry], segment: int | None) -> Iterator[list[int]]:
     """Entries that are dampened by one call: on one device, and of about `segment` elements where that is given."""
     part: list[int] = []
-    filled = 0
+    filled, device = 0, None
     for i, entry in enumerate(entries):
-        n = entry.param.numel()
-        full = segment is not None and filled + n > segment
-        if part and (full or entry.param.device != entries[part[0]].param.device):
+        n = entry.param.numel() if segment else 0
+        if part and (entry.param.device != device or (segment and filled + n > segment)):
             yield part
             part, filled = [], 0
         part.append(i)
-        filled += n
+        filled, device = filled + n, entry.param.device
     if part:
         yield part
 

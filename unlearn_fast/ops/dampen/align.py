@@ -144,11 +144,18 @@ def _check_parameter(name: str, param: Tensor) -> None:
 
 
 def _entry(name: str, param: Tensor, f: Tensor, r: Tensor) -> Entry:
-    f, r = (t if t.is_cpu else t.to(param.device) for t in _checks.without_graph(f, r))
+    f, r = _brought(f, param), _brought(r, param)
     if not param.is_contiguous():  # seen in the order of its strides, a channels-last parameter is
         order = sorted(range(param.dim()), key=param.stride, reverse=True)
         param, f, r = (t.permute(order) for t in (param, f, r))
     return Entry(name, param, f, r)
+
+
+def _brought(importance: Tensor, param: Tensor) -> Tensor:
+    """Without a graph, and on the CPU or where the parameter is."""
+    if importance.requires_grad:
+        importance = importance.detach()
+    return importance if importance.is_cpu else importance.to(param.device)
 
 
 def on_device(entries: Sequence[Entry]) -> list[Entry]:
