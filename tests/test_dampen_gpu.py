@@ -1,4 +1,6 @@
-"""dampen_ in CUDA C++: the CPU kernel's bits, alignments, lists of tensors, CUDA graphs, large tensors."""
+"""dampen_ in CUDA C++: the CPU kernel's bits, alignments, lists of tensors, CUDA graphs, large tensors; and what goes
+with it, in plain torch there: importances that stay on the CPU, undo, percentiles, curves, masks.
+"""
 
 import itertools
 
@@ -14,7 +16,7 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SETTINGS = {"alpha": 2.0, "lam": 0.7, "exponent": 1.0, "cap": 0.9}
+SETTINGS = {"exponent": 1.0, "cap": 0.9, "floor": 0.05}
 
 
 def triple(n: int, params: torch.dtype, importances: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -29,10 +31,16 @@ def triple(n: int, params: torch.dtype, importances: torch.dtype, seed: int = 0)
     return [p.to(params), f.to(importances), r.to(importances)]
 
 
+def dampen(params: list[Tensor], forget: list[Tensor], reference: list[Tensor], **settings: float) -> Tensor:
+    """With an alpha and a lam for each."""
+    alphas, lams = ([start + 0.1 * (i % 5) for i in range(len(params))] for start in (1.8, 0.7))
+    return torch.ops.unlearn_fast.dampen_(params, forget, reference, alphas, lams, *(SETTINGS | settings).values())
+
+
 def run(triples: list[list[Tensor]], device: str, **settings: float) -> tuple[list[Tensor], Tensor]:
     moved = [[t.to(device, copy=True) for t in x] for x in triples]
     params, forget, reference = (list(x) for x in zip(*moved, strict=True))
-    table = torch.ops.unlearn_fast.dampen_(params, forget, reference, *(SETTINGS | settings).values())
+    table = dampen(params, forget, reference, **settings)
     return [p.cpu() for p in params], table.cpu()
 
 
@@ -112,12 +120,12 @@ def test_in_a_cuda_graph():
         for p, s in zip(params, start, strict=True):
             p.copy_(s)
 
-    once = torch.ops.unlearn_fast.dampen_(params, forget, reference, *SETTINGS.values())
+    once = dampen(params, forget, reference)
     wanted = [p.clone() for p in params]
     restore()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # a wait would fail the capture
-        table = torch.ops.unlearn_fast.dampen_(params, forget, reference, *SETTINGS.values())
+        table = dampen(params, forget, reference)
     restore()
     graph.replay()
     assert torch.equal(table, once)
@@ -135,3 +143,47 @@ def test_more_than_two_to_the_31_elements():
     report = unlearn_fast.dampen_([p], [f], [r], alpha=2.0)
     assert report.total.selected == 3000
     assert (p[-3000:] == 0.25).all() and (p[:-3000] == 1).all()
+
+
+# In plain torch on the GPU
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("importances", [torch.float32, torch.bfloat16], ids=str)
+def test_importances_that_stay_on_the_cpu(pinned, importances, monkeypatch):
+    """They pass through in pieces, of which there are several here, with parts of tensors in them."""
+    monkeypatch.setattr("unlearn_fast.ops.dampen.stream.PIECE", 10_000)
+    triples = [triple(n, torch.bfloat16, importances, seed=n) for n in (35_001, 7, 0, 4096, 20_000)]
+    expected = [p.clone() for p, _, _ in triples]
+    forget, reference = ([x[i].pin_memory() if pinned else x[i] for x in triples] for i in (1, 2))
+    wanted = unlearn_fast.dampen_(expected, forget, reference, alpha=2.0)
+    params = [p.cuda() for p, _, _ in triples]
+    found = unlearn_fast.dampen_(params, forget, reference, alpha=2.0)
+    assert all(same(p, e) for p, e in zip(params, expected, strict=True))
+    torch.testing.assert_close(found.stats.cpu(), wanted.stats, rtol=1e-12, atol=0)
+
+
+def test_undo():
+    triples = [
+        [x.cuda() for x in triple(n, dtype, torch.float32)]
+        for n, dtype in zip((70_001, 5, 300, 0), DTYPES, strict=True)
+    ]
+    params, forget, reference = (list(x) for x in zip(*triples, strict=True))
+    before = [p.clone() for p in params]
+    report = unlearn_fast.dampen_(params, forget, reference, alpha=2.0, undo=True)
+    assert report.total.selected == report.undo.changed > 0
+    unlearn_fast.undo_(report.undo)
+    assert all(same(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_the_cpus_percentiles_curves_and_masks():
+    _, f, r = zip(*(triple(n, torch.float32, torch.float32) for n in (70_001, 5, 300)), strict=True)
+    on_gpu = [[x.cuda() for x in side] for side in (f, r)]
+    q = [0.0, 12.5, 99.9, 100.0]
+    assert unlearn_fast.alpha_for_percentile(*on_gpu, q) == unlearn_fast.alpha_for_percentile(f, r, q)
+    curves = [unlearn_fast.selection_curve(*pair, [0.0, 0.5, 2.0]).counts for pair in (on_gpu, (f, r))]
+    assert torch.equal(*curves)
+    scores = [x.nan_to_num(0.0) for x in f]
+    masks = unlearn_fast.top_fraction_mask([x.cuda() for x in scores], 0.3)
+    expected = unlearn_fast.top_fraction_mask(scores, 0.3)
+    assert all(torch.equal(m.cpu(), e) for m, e in zip(masks, expected, strict=True))

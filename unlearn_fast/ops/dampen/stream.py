@@ -38,7 +38,7 @@ def dampen_streamed_(
     table = torch.zeros(len(entries), 4, dtype=torch.float64, device=device)
     lanes = [Lane(device) for _ in range(2)]
     flat = [[t.reshape(-1) for t in side] for side in zip(*((e.forget, e.reference) for e in entries), strict=True)]
-    for turn, piece in enumerate(pieces([p.numel() for p in params])):
+    for turn, piece in enumerate(pieces([p.numel() for p in params], PIECE)):
         importances = [[side[i][start:stop] for i, start, stop in piece] for side in flat]
         indices = [part.entry for part in piece]
         with lanes[turn % 2].bring(importances) as (forget, reference):
@@ -52,7 +52,7 @@ def dampen_streamed_(
     return table
 
 
-def pieces(sizes: Sequence[int], limit: int = PIECE) -> Iterator[list[Part]]:
+def pieces(sizes: Sequence[int], limit: int) -> Iterator[list[Part]]:
     """All elements of all parameters, in order, at most `limit` at a time."""
     piece: list[Part] = []
     room = limit
