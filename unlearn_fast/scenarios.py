@@ -221,6 +221,11 @@ def _dampen_scenarios() -> Iterator[Scenario]:
     yield Scenario("dampen_", "[999], importances in the parameter's dtype", importances(999), _dampen())
     yield Scenario("dampen_", "[999], exponent 0.5", importances(999), _dampen(exponent=0.5), wide=wide)
     yield Scenario("dampen_", "zero, infinite and NaN", _hostile, _dampen(), wide=wide)
+    yield Scenario("dampen_", "[999], floor 0.3", importances(999), _dampen(floor=0.3), wide=wide)
+    for n in (2, 129, 70_001):
+        yield Scenario("alpha_for_percentile", f"[{n}]", importances(n), _percentiles)
+        yield Scenario("selection_curve", f"[{n}]", importances(n), _curve, wide=wide)
+        yield Scenario("top_fraction_mask", f"[{n}]", importances(n), _mask)
 
 
 def importances(n: int) -> Callable[[torch.Generator], Tensors]:
@@ -237,10 +242,27 @@ def _hostile(_: torch.Generator) -> Tensors:
     return {n: torch.tensor(x, dtype=torch.float64) for n, x in (("params", p), ("forget", f), ("reference", r))}
 
 
-def _dampen(step: int = 1, exponent: float = 1.0) -> Callable[[ModuleType, Tensors], Tensors]:
+def _dampen(step: int = 1, exponent: float = 1.0, floor: float = 0.0) -> Callable[[ModuleType, Tensors], Tensors]:
     def run(library: ModuleType, x: Tensors) -> Tensors:
         p, f, r = (x[name][::step] for name in ("params", "forget", "reference"))
-        report = library.dampen_([p], [f], [r], alpha=2.0, lam=3.0, exponent=exponent, cap=0.9)
+        report = library.dampen_([p], [f], [r], alpha=2.0, lam=3.0, exponent=exponent, cap=0.9, floor=floor)
         return {"params": x["params"], "counts": report.stats[:, :3]}
 
     return run
+
+
+def _percentiles(library: ModuleType, x: Tensors) -> Tensors:
+    f, r = x["forget"], x["reference"]
+    wide = torch.promote_types(f.dtype, torch.float32)
+    alphas = library.alpha_for_percentile([f[1:], f[:1]], [r[1:], r[:1]], [0.0, 12.5, 50.0, 99.9, 100.0])
+    return {"alphas": torch.tensor(alphas, dtype=torch.float64).to(wide)}
+
+
+def _curve(library: ModuleType, x: Tensors) -> Tensors:
+    f, r = ({"a": x[name][1:], "b": x[name][:1]} for name in ("forget", "reference"))
+    return {"counts": library.selection_curve(f, r, [0.0, 0.37, 1.9, 22.0]).counts.double()}
+
+
+def _mask(library: ModuleType, x: Tensors) -> Tensors:
+    masks = library.top_fraction_mask([x["forget"][1:], x["forget"][:1]], 0.3)
+    return {"mask": torch.cat(masks).double()}

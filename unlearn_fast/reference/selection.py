@@ -14,7 +14,7 @@ Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 def alpha_for_percentile(forget: Tensors, reference: Tensors, q: Any) -> Any:
     """The q-th percentile of all finite f / r, interpolated linearly; for a list of q, a list."""
     pairs = zip(_values(forget), _values(reference), strict=True)
-    ratios = torch.cat([torch.empty(0), *((f / r).flatten() for f, r in map(_widened, pairs))])
+    ratios = _joined([f / r for f, r in map(_widened, pairs)])
     ratios = ratios[ratios.isfinite()].sort().values.double()
     alphas = [_percentile(ratios, percent) for percent in (q if isinstance(q, Sequence) else [q])]
     return alphas if isinstance(q, Sequence) else alphas[0]
@@ -44,9 +44,9 @@ def selection_curve(forget: Tensors, reference: Tensors, alphas: Sequence[float]
 def top_fraction_mask(scores: Tensors, fraction: float) -> Any:
     """True for the `int(fraction * n)` largest of all n scores; of equal ones, for the first."""
     tensors = _values(scores)
-    joined = torch.cat([torch.empty(0), *(t.flatten() for t in tensors)])
+    joined = _joined(tensors)
     order = joined.sort(descending=True, stable=True).indices
-    mask = torch.zeros(len(joined), dtype=torch.bool)
+    mask = torch.zeros(len(joined), dtype=torch.bool, device=joined.device)
     mask[order[: int(fraction * len(joined))]] = True
     parts = mask.split([t.numel() for t in tensors])
     masks = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
@@ -55,6 +55,10 @@ def top_fraction_mask(scores: Tensors, fraction: float) -> Any:
 
 def _values(tensors: Tensors) -> list[Tensor]:
     return list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
 
 
 def _widened(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
