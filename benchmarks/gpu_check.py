@@ -23,10 +23,11 @@ import torch
 from gpu_tables import markdown
 
 from unlearn_fast import info
+from unlearn_fast.ops import resources
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [f"tests/test_{name}.py" for name in ("triton_gpu", "triton_rows_gpu", "dampen_gpu", "gpu")]
-WITHOUT_GPU = ["tests/test_triton.py", "tests/test_triton_compiled.py"]
+WITHOUT_GPU = [f"tests/test_{name}.py" for name in ("triton", "triton_compiled", "cuda_compiled")]
 PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:warnings"]
 SANITIZED = ["tests/test_dampen_gpu.py", "-k", "alignments or several_dtypes or two_dtypes or exponents"]
 
@@ -50,12 +51,14 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
-        print(f"torch {torch.__version__} sees no GPU here: the Triton kernels are interpreted and compiled only")
+        print(
+            f"torch {torch.__version__} sees no GPU here: the kernels are interpreted, and compiled ahead of time, only"
+        )
         return subprocess.run([*PYTEST, *WITHOUT_GPU], cwd=ROOT).returncode
     for name in ("tests.txt", "sanitizer.txt"):
         (arguments.out / name).unlink(missing_ok=True)
     steps = [
-        resources(),
+        cuda_resources(),
         tests(arguments.out / "tests.txt", arguments.workers, arguments.test_seconds),
         bench(arguments.out, arguments.bench_seconds),
         *(sanitizer(tool, arguments.out / "sanitizer.txt") for tool in ("memcheck", "racecheck", "initcheck")),
@@ -63,23 +66,23 @@ def main() -> int:
     record = {"versions": info.versions(), "machine": info.machine(), "steps": [asdict(step) for step in steps]}
     (arguments.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
     for step in steps:
-        print(f"{step.name:<12} {step.status:<40} {step.seconds:6.1f} s  {step.facts}")
+        told = step.facts if len(step.facts) < 10 else f"{len(step.facts)} kernels"
+        print(f"{step.name:<12} {step.status:<40} {step.seconds:6.1f} s  {told}")
     return 1 if any(step.status == "failed" for step in steps) else 0
 
 
-def resources() -> Step:
-    """Registers and spilled registers of the CUDA C++ kernels, from their machine code."""
-    step, tool, library = Step("resources"), shutil.which("cuobjdump"), ROOT / "unlearn_fast/_cuda.so"
-    if tool is None or not library.exists():
-        step.status = "not run: " + ("cuobjdump is not installed" if tool is None else "_cuda.so was not built")
+def cuda_resources() -> Step:
+    """Registers, stack (where some are spilled) and shared memory of the CUDA C++ kernels, from their machine code."""
+    step, library = Step("resources"), ROOT / "unlearn_fast/_cuda.so"
+    start = time.perf_counter()
+    try:
+        found = resources.resource_usage(library) if library.exists() else []
+    except FileNotFoundError as missing:
+        step.status = f"not run: {missing}"
         return step
-    text = _run(step, [tool, "--dump-resource-usage", str(library)], None, 60)
-    found = [(int(r), int(s)) for r, s in re.findall(r"REG:(\d+) STACK:(\d+)", text)]
-    step.facts = {
-        "kernels": len(found),
-        "most registers": max((r for r, _ in found), default=0),
-        "spilling kernels": sum(s > 0 for _, s in found),
-    }
+    step.seconds = time.perf_counter() - start
+    step.status = ("failed" if any(u.stack for _, _, u in found) else "passed") if found else "not run: not built"
+    step.facts = {f"{name}, sm_{architecture}": usage._asdict() for name, architecture, usage in found}
     return step
 
 

@@ -193,7 +193,7 @@ __device__ inline void store_counts(const DampenCounts& counts, double* slot) {
 }
 
 template <bool LINEAR, class P, class F, class C>
-__global__ void __launch_bounds__(DAMPEN_THREADS)
+__global__ void __launch_bounds__(DAMPEN_THREADS, LINEAR ? 0 : 2)  // room for pow's registers; 0: as usual
     dampen_kernel(const __grid_constant__ DampenList list, const DampenSettings shared, double* slots) {
   constexpr int SMALLER = sizeof(P) < sizeof(F) ? sizeof(P) : sizeof(F);
   // Elements of a vector: 16 bytes of the narrower type, but no more than registers hold in double.

@@ -6,7 +6,9 @@ would compile it: the launchers run on CPU tensors, and what they would launch i
 """
 
 import importlib
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,18 +97,42 @@ def compiled(recorded: Recorded, architecture: int) -> Any:
 
 
 def usage(kernel: Any) -> Usage:
-    """Read from the machine code by NVIDIA's cuobjdump, which comes with triton."""
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """Of a Triton kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(cuobjdump), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return Usage(int(found[1]), int(found[2]), kernel.metadata.shared)
+        ((_, _, found),) = resource_usage(Path(file.name))
+    return found._replace(shared=kernel.metadata.shared)  # which is asked for at the launch
+
+
+def resource_usage(file: Path) -> list[tuple[str, int, Usage]]:
+    """Name, architecture and usage of every kernel in a cubin, or in a library that holds some: read from the machine
+    code by NVIDIA's cuobjdump, which comes with triton and with CUDA."""
+    found, architecture, name = [], 0, ""
+    for line in subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", str(file)], check=True, capture_output=True, text=True
+    ).stdout.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            architecture = int(match[1])
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            found.append((name, architecture, Usage(*map(int, match.groups()))))
+    assert found, f"{file} holds no kernels"
+    return found
+
+
+def cuobjdump() -> str:
+    """Triton's, or CUDA's."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        own = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if own.exists():
+            return str(own)
+    path = shutil.which("cuobjdump")
+    if path is None:
+        raise FileNotFoundError("cuobjdump is needed, which comes with triton and with CUDA: install one of them")
+    return path
 
 
 @contextmanager
