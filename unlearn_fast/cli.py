@@ -1,9 +1,10 @@
-"""The command line: `unlearn_fast info | verify | bench | demo`."""
+"""The command line: `unlearn_fast info | verify | bench | demo | dampen`."""
 
 import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -69,6 +70,27 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("out"), metavar="DIR", help="for tables and pictures (default: out)"
     )
     demo.set_defaults(run=_demo)
+
+    dampen = commands.add_parser(
+        "dampen",
+        help="dampen a checkpoint on disk, of any size, in bounded memory",
+        description="Selective synaptic dampening of a safetensors file, or of a directory with its index:"
+        " p *= min((lam * r / f)^exponent, cap) where f > alpha * r. Every byte of anything else is kept. A run that"
+        " was stopped goes on where it was when the same command is given again.",
+    )
+    dampen.add_argument("model", type=Path, metavar="MODEL", help="safetensors file, or directory of a checkpoint")
+    for name, symbol in (("forget", "f"), ("reference", "r")):
+        text = f"importances {symbol}: what Importance.save wrote, or a file or directory with the model's names"
+        dampen.add_argument(f"--{name}", type=Path, required=True, metavar=name[0].upper(), help=text)
+    dampen.add_argument("--alpha", type=float, required=True, metavar="A", help="selection threshold (published: 10)")
+    dampen.add_argument("--lam", type=float, default=1.0, metavar="L", help="dampening constant (default: 1)")
+    dampen.add_argument("--exponent", type=float, default=1.0, metavar="E", help="power of the ratio (default: 1)")
+    dampen.add_argument("--cap", type=float, default=1.0, metavar="C", help="upper limit of the factor (default: 1)")
+    dampen.add_argument("-o", "--out", type=Path, metavar="OUT", help="what is written; it must not exist")
+    dampen.add_argument("--memory", default="512MiB", metavar="SIZE", help="most memory it may use (default: 512MiB)")
+    dampen.add_argument("--dry-run", action="store_true", help="only report what would be selected; write nothing")
+    dampen.add_argument("--json", action="store_true", help="print JSON, with the counts of each parameter")
+    dampen.set_defaults(run=_dampen)
     return parser
 
 
@@ -175,6 +197,44 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     demo.main(arguments.out, quick=arguments.quick)
     return 0
+
+
+def _dampen(arguments: argparse.Namespace) -> int:
+    from unlearn_fast import checkpoint
+
+    if arguments.out is None and not arguments.dry_run:
+        raise UsageError("dampen: -o is missing: it must name what is written, unless --dry-run is given")
+    try:
+        report = checkpoint.dampen(
+            arguments.model,
+            arguments.forget,
+            arguments.reference,
+            arguments.out,
+            alpha=arguments.alpha,
+            lam=arguments.lam,
+            exponent=arguments.exponent,
+            cap=arguments.cap,
+            memory=_bytes("--memory", arguments.memory),
+            dry_run=arguments.dry_run,
+        )
+    except OSError as error:  # one of ours has a text of its own, and no file name
+        raise UsageError(f"dampen: {error if error.filename else error.strerror or error}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"dampen: {error}") from error
+    except KeyboardInterrupt:
+        print("unlearn_fast: dampen was stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    print(_json(checkpoint.as_json(report)) if arguments.json else report)
+    return 0
+
+
+def _bytes(option: str, text: str) -> int:
+    """`512MiB`, `1.5 GB`, `1000000`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B)?", text.strip())
+    if found is None:
+        raise UsageError(f"dampen: {option} is {text!r}: it must be a number of bytes, or one of KiB, MiB, GiB, MB, GB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix) if prefix else 0))
 
 
 def _require(modules: Mapping[str, str], command: str) -> None:
