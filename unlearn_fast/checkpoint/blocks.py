@@ -22,9 +22,10 @@ from unlearn_fast.checkpoint.journal import Piece
 from unlearn_fast.checkpoint.plan import Edit, Job, Plan, Settings
 from unlearn_fast.checkpoint.safetensors_file import FLOATING
 
-BLOCK = 1 << 20  # bytes of a file at a time: what they are dampened with stays in the cache
+BLOCK = 4 << 20  # bytes of a file at a time: less, and handing them around shows
 LEAST_BLOCK = 1 << 16
 WRITE = 1 << 15  # a longer write asks the system for longer runs of free memory, whose search can take longer than it
+RUN = 1 << 16  # elements that the kernel takes in the calling thread: ours are enough of them
 WIDEST = max(dtype.itemsize for dtype in FLOATING.values())
 
 # Counted within `memory`, beyond the blocks: stacks and arenas of the threads, and what a byte of header becomes.
@@ -138,10 +139,11 @@ class FileCopy:
             tensors.append(torch.frombuffer(values, dtype=source.dtype))
         p = torch.frombuffer(part, dtype=edit.dtype)
         aligned = p if p.data_ptr() % p.itemsize == 0 else p.clone()
-        counts = torch.ops.unlearn_fast.dampen_([aligned], [tensors[0]], [tensors[1]], *self.settings)
+        runs = (list(t.split(RUN)) for t in (aligned, *tensors))
+        counts = torch.ops.unlearn_fast.dampen_(*runs, *self.settings)
         if aligned is not p:
             p.copy_(aligned)
-        row: list[float] = counts[0].tolist()
+        row: list[float] = counts.sum(0).tolist()
         return row
 
 

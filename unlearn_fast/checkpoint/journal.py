@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 Piece = tuple[int, list[float]]  # a row of the report, and what is added to it
@@ -44,7 +43,7 @@ def folder_of(out: Path) -> Path:
 
 
 def sync_data(file: int) -> None:
-    _sync_data(file)
+    getattr(os, "fdatasync", os.fsync)(file)  # macOS has only the second
 
 
 def sync(path: Path) -> None:

@@ -73,7 +73,7 @@ class Stream:
                 target = open_file(files, path, os.O_WRONLY | os.O_CREAT)
             done: list[Done] = []
             try:
-                if target is not None:
+                if target is not None and os.fstat(target).st_size > self.progress.position:
                     os.ftruncate(target, self.progress.position)
                 copy = FileCopy(job, files, target, self.blocks.bytes, self.plan.settings, self.progress.position)
                 self._stream(job, copy, target, done)
