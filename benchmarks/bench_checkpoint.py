@@ -2,12 +2,13 @@
 
 `python benchmarks/bench_checkpoint.py --gib 4 --dir DIR` writes a float32 model of 4 GiB and two sets of importances
 into a folder of its own in DIR (16 GiB in all, for a while), checks the result, and times both in turns, with and
-without fsync. `cp` moves 2 bytes a byte of the model (one read, one written), dampening 4 (three read). Inputs come from
-the system's file cache where they fit; `--cold` asks the system to forget them before each run.
+without fsync. `cp` moves 2 bytes a byte of the model (one read, one written), dampening 4 (three read). Inputs come
+from the system's file cache where they fit; `--cold` asks the system to forget them before each run.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -52,9 +53,7 @@ def make_files(folder: Path, size: int) -> list[Path]:
     generator = torch.Generator().manual_seed(0)
     files = []
     for name in ("model", "forget", "reference"):
-        values = torch.randn(
-            min(size >> 2, 1 << 24), generator=generator
-        )  # repeated: drawing takes longer than writing
+        values = torch.randn(min(size >> 2, 1 << 24), generator=generator)  # repeated, as drawing takes long
         data = (values if name == "model" else (3 * values - 20).exp()).numpy().tobytes()
         header = {
             f"layers.{i}.weight": {
@@ -62,7 +61,7 @@ def make_files(folder: Path, size: int) -> list[Path]:
                 "shape": [end - begin, COLUMNS],
                 "data_offsets": [4 * COLUMNS * begin, 4 * COLUMNS * end],
             }
-            for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for i, (begin, end) in enumerate(itertools.pairwise(bounds))
         }
         raw = json.dumps(header).encode()
         raw += b" " * (-len(raw) % 8)
@@ -170,9 +169,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(f"{size / 2**30:.2f} GiB float32, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of")
-    print(
-        f"{arguments.rounds} rounds; peak resident memory {peak / 2**20:.1f} MiB beyond interpreter, torch and package"
-    )
+    print(f"{arguments.rounds} rounds; peak resident memory {peak / 2**20:.1f} MiB beyond interpreter and torch")
     print(f"{'':12}{'cp':>24}{'ours':>24}{'by bytes moved':>18}{'by time':>10}")
     for name, of in seconds.items():
         cp, own = statistics.median(of["cp"]), statistics.median(of["ours"])

@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,9 +106,40 @@ def test_default_blocks_and_the_least_memory(tmp_path):
     with pytest.raises(ValueError, match=r"memory is 1,000 bytes: it must be at least [\d,]+ for these") as refused:
         run(file, f, r, tmp_path / "small", memory=1000)
     least = int(str(refused.value).split("at least ")[1].split()[0].replace(",", ""))
-    assert least < 8 << 20
+    assert least < 16 << 20
     run(file, f, r, tmp_path / "small", memory=least)
     assert (tmp_path / "out").read_bytes() == (tmp_path / "small").read_bytes() == expected
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from unlearn_fast import checkpoint, dampen_
+
+def resident(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
+
+*paths, memory = sys.argv[1:]
+dampen_([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], alpha=1.0)
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+checkpoint.dampen(*paths, alpha=1.0, memory=int(memory), progress=False)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
+def test_resident_memory_stays_below_the_limit(tmp_path):
+    """Importances of other dtypes need the most: they are converted."""
+    values = torch.rand(24 << 20, generator=torch.Generator().manual_seed(0))
+    file = write_file(tmp_path / "model", {"a": values.bfloat16()})
+    f, r = write_file(tmp_path / "f", {"a": values.half()}), write_file(tmp_path / "r", {"a": values.flip(0).double()})
+    for memory in (16 << 20, 32 << 20):
+        command = [sys.executable, "-c", PEAK, *map(str, (file, f, r, tmp_path / f"out{memory}", memory))]
+        environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert int(done.stdout) < memory
 
 
 def test_a_sharded_directory(tmp_path, small_blocks):
