@@ -3,15 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unlearn_fast import dampen_
+from unlearn_fast import checkpoint, dampen_
 
 Tensors = dict[str, Tensor]
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
+SETTINGS = {"alpha": 1.0, "lam": 0.7}
 CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
@@ -91,3 +93,7 @@ def contents(path: Path) -> dict[str, bytes]:
     """Every file below, or the file itself."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+def run(model: Path, forget: Path, reference: Path, out: Path | None, **options: Any) -> checkpoint.CheckpointReport:
+    return checkpoint.dampen(model, forget, reference, out, **{**SETTINGS, "progress": False, **options})
