@@ -249,6 +249,16 @@ def test_an_output_that_appears_meanwhile_is_kept(case, monkeypatch):
     assert not writes
 
 
+def test_what_a_kill_after_the_rename_leaves_is_swept_away(case, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        case.run()
+    assert (case.work / "journal.json").exists()
+    with pytest.raises(FileExistsError, match="exists: nothing is overwritten"):
+        case.run()
+    case.assert_complete()
+
+
 def test_an_input_that_changes_meanwhile(case, monkeypatch):
     read = blocks._read
 

@@ -83,6 +83,8 @@ def dampen(
     plan = make_plan(paths, Settings(alpha, lam, exponent, cap))
     blocks = blocks_within(memory, plan)
     if out is not None:
+        if not dry_run:
+            journal.sweep(Path(out))
         check_out(Path(out), paths)
         _check_room(Path(out), plan)
     elif not dry_run:

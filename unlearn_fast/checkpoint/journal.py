@@ -130,6 +130,13 @@ class Workspace:
             shutil.rmtree(self.folder)
 
 
+def sweep(out: Path) -> None:
+    """A run that was killed right after it gave the output its name has left its journal."""
+    folder = folder_of(out)
+    if os.path.lexists(out) and folder.is_dir() and not os.path.lexists(folder / "data"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def held_bytes(out: Path) -> int:
     """What an earlier run has written, which needs no room again: a restart goes on there, or empties it first."""
     data = folder_of(out) / "data"
