@@ -1,4 +1,4 @@
-"""The command line: `unlearn_fast info | verify | bench | demo | ssd`."""
+"""The command line: `unlearn_fast info | verify | bench | demo | ssd | dampen`."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import unlearn_fast
-from unlearn_fast.commands import ssd
+from unlearn_fast.commands import dampen, ssd
 
 STDOUT = "-"
 DEVICES = ("cpu", "cuda")
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     ssd.add_parser(commands)
+    dampen.add_parser(commands)
     return parser
 
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from unlearn_fast._report import DampenCounts, DampenReport
-
-SETTINGS = ("alpha", "lam", "exponent", "cap")
+from unlearn_fast.commands.settings import add_settings, as_json, settings
 
 
 def add_parser(commands: Any) -> None:
@@ -30,10 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--forget", type=Path, required=True, metavar="FILE", help=f"what to forget: {rows}")
     parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help=f"what to keep, or all: {rows}")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="the new model directory")
-    parser.add_argument("--alpha", type=float, required=True, help="selection threshold; published for images: 10")
-    parser.add_argument("--lam", type=float, default=1.0, help="dampening constant (default: 1)")
-    parser.add_argument("--exponent", type=float, default=1.0, help="power of the factor (default: 1)")
-    parser.add_argument("--cap", type=float, default=1.0, help="upper limit of the factor (default: 1)")
+    add_settings(parser)
     parser.add_argument(
         "--task", choices=("causal-lm", "classification"), help="by default as the architecture in config.json says"
     )
@@ -65,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("ssd: -o is missing: it names the new model directory; --dry-run goes without")
     out = None if arguments.dry_run else arguments.out
     names = ("task", "batch_size", "max_length", "device", "dtype", "save_importances", "trust_remote_code")
-    options = {name: getattr(arguments, name) for name in (*SETTINGS, *names)}
+    options = settings(arguments) | {name: getattr(arguments, name) for name in names}
     with _told() as told:
         try:
             report = huggingface.ssd(arguments.model, arguments.forget, arguments.reference, out, **options)
@@ -74,8 +69,8 @@ def _run(arguments: argparse.Namespace) -> int:
         except (ImportError, OSError, TypeError, ValueError) as error:
             raise UsageError(f"ssd: {_one_line(error)}") from error
     if arguments.json:
-        settings = {name: options[name] for name in SETTINGS}
-        print(json.dumps(_as_json(report, out) | {"settings": settings, "warnings": told}, indent=1, allow_nan=False))
+        record = {"out": None if out is None else str(out), **as_json(report), "settings": settings(arguments)}
+        print(json.dumps(record | {"warnings": told}, indent=1, allow_nan=False))
     else:
         print(report)
         print("nothing is written: a dry run" if out is None else f"written to {out}")
@@ -100,17 +95,3 @@ def _told() -> Iterator[list[str]]:
 
 def _one_line(message: Any) -> str:
     return " ".join(str(message).split())
-
-
-def _as_json(report: DampenReport, out: Path | None) -> dict[str, Any]:
-    return {
-        "out": None if out is None else str(out),
-        "total": _counts(report.total),
-        "parameters": {name: _counts(counts) for name, counts in report.parameters.items()},
-        "without_importance": list(report.without_importance),
-        "tied": report.tied,
-    }
-
-
-def _counts(counts: DampenCounts) -> dict[str, Any]:
-    return counts._asdict() | {"mean_factor": counts.mean_factor if counts.selected else None}

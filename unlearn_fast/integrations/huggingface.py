@@ -31,6 +31,7 @@ def ssd(
     lam: float = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
+    floor: float = 0.0,
     task: str | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -60,7 +61,7 @@ def ssd(
             reference set is the full training set (released code) or the retained set only (most later work).
         out: the directory that appears, complete or not at all, with the dampened weights as safetensors and the other
             files of `model_dir` (no data, no training states). None: a dry run, which only reports.
-        alpha, lam, exponent, cap: see `ssd_`.
+        alpha, lam, exponent, cap, floor: see `ssd_`.
         task: "causal-lm" or "classification"; None: told from the `architectures` of config.json.
         batch_size: changes time and memory, not the result.
         max_length: rows are cut at so many tokens, with a warning. None: the model's own limit, at most 1024.
@@ -82,7 +83,7 @@ def ssd(
     Warns:
         UserWarning: rows were cut; and all that `ssd_` warns of.
     """
-    check_settings(alpha, lam, exponent, cap)
+    check_settings(alpha, lam, exponent, cap, floor)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     files = {"forget": Path(forget), "reference": Path(reference)}
@@ -116,7 +117,7 @@ def ssd(
                 given.save(to_save[name])
         importances[name] = given
     f, r = importances["forget"], importances["reference"]
-    report = ssd_(model, forget=f, reference=r, alpha=alpha, lam=lam, exponent=exponent, cap=cap)
+    report = ssd_(model, forget=f, reference=r, alpha=alpha, lam=lam, exponent=exponent, cap=cap, floor=floor)
     if target is not None:
         with appearing(target) as folder:
             pretrained.save(model, folder)
