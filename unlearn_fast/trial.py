@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from unlearn_fast._report import DampenReport
-from unlearn_fast.ops.dampen import Importances, Parameters, UndoLog, dampen_, undo_
+from unlearn_fast.ops.dampen import Importances, Parameters, UndoLog, dampen_
+from unlearn_fast.ops.dampen.undo import undo_last_
 
 
 @contextmanager
@@ -33,4 +34,4 @@ def trial(params: Parameters, forget: Importances, reference: Importances, **set
     try:
         yield dampen_(params, forget, reference, undo=log, **settings)
     finally:
-        undo_(log)
+        undo_last_(log, stacklevel=4)
