@@ -26,8 +26,8 @@ def alpha_for_percentile(forget: Any, reference: Any, q: Any) -> Any:
     share `1 - q / 100` of those whose ratio is finite.
 
     Exact, as `numpy.percentile(ratios[isfinite(ratios)], q)` in float64 with its linear interpolation, at any size: the
-    ratios are never stored, and any number of q is answered by the same passes over f and r (two for float32, four for
-    float64), in 64 MiB or less.
+    ratios are never stored. One q takes two passes over f and r in float32, four in float64; several q share the first,
+    and some of them each further one. That needs 64 MiB on a CPU of up to 120 threads, and below 1 GiB elsewhere.
 
     Args:
         forget, reference: importances f and r: mappings name -> tensor with the same names, or lists of tensors, of one
