@@ -7,7 +7,7 @@ import torch
 from accuracy import bits
 from hypothesis import strategies as st
 from layouts import DTYPES, LAYOUTS, lay_out
-from torch import Tensor
+from torch import Tensor, nn
 
 ALPHA = 2.0
 HOSTILE = (0.0, -0.0, math.nan, math.inf, 1e-42, -1.0)
@@ -88,3 +88,20 @@ def many_tensors(most: int = 300) -> list[Triple]:
         triple((k * 37) % 41 if k % 97 else 70_000 + k, [DTYPES[(k // 4**i) % 4] for i in range(3)], seed=k)
         for k in range(most)
     ]
+
+
+def mixed_model() -> nn.Module:
+    """With tied weights, and of two dtypes."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embedding": nn.Embedding(40, 30), "norm": nn.LayerNorm(30), "head": nn.Linear(30, 40)})
+    model["head"].weight = model["embedding"].weight
+    model["narrow"] = nn.Linear(30, 7).bfloat16()
+    return model
+
+
+def of_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Importances of its parameters, ratios from 0 to 4."""
+    generator = torch.Generator().manual_seed(1)
+    r = {name: torch.rand(p.shape, generator=generator) + 0.1 for name, p in model.named_parameters()}
+    f = {name: 4 * t * torch.rand(t.shape, generator=generator) for name, t in r.items()}
+    return f, r

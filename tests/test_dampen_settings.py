@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from importances import clones, columns, many_tensors, same, triples
 from torch import Tensor, nn
 
-from unlearn_fast import dampen_, reference
+from unlearn_fast import dampen_, reference, ssd_
 
 INF = math.inf
 NAMES = ["model.embed", *(f"model.layers.{i}.{part}.weight" for i in range(12) for part in ("attn", "mlp")), "head"]
@@ -222,6 +222,19 @@ def test_a_function_that_fails_changes_nothing():
     with pytest.raises(KeyError):
         dampen_(params, f, r, alpha=fails)
     assert all(p.eq(1).all() for p in params.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"alpha": {"other": 1.0}}, {"lam": {"0": 1.0, "other": 1.0}}, {"alpha": lambda n: -1}, {"undo": 1}],
+    ids=str,
+)
+def test_ssd_and_its_settings_before_anything_is_measured(settings):
+    def losses(model: nn.Module, batch: Tensor) -> Tensor:
+        pytest.fail("measured")
+
+    with pytest.raises((TypeError, ValueError), match=next(iter(settings))):
+        ssd_(nn.Sequential(nn.Linear(2, 2)), forget=[1], reference=[1], losses=losses, **{"alpha": 1.0, **settings})
 
 
 @pytest.mark.parametrize("how", ["mapping", "function", "operator"])

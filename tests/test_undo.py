@@ -107,16 +107,6 @@ def test_records_equal_the_references(rows):
     assert same(params, before)
 
 
-def test_channels_last_parameters_are_recorded_in_the_order_of_their_memory():
-    p, f, r = triple((4, 3, 5, 2), hostile=False)
-    p = p.to(memory_format=torch.channels_last)
-    before = p.clone()
-    report = dampen_([p], [f], [r], alpha=ALPHA, undo=True)
-    assert report.total.selected > 0 and p.is_contiguous(memory_format=torch.channels_last)
-    undo_(report.undo)
-    assert same([p], [before])
-
-
 # Several dampenings, interruptions
 
 
@@ -271,12 +261,10 @@ def test_undo_of_a_wrong_type(undo):
     with pytest.raises(TypeError, match=r"undo is a .*: it must be True, False or an UndoLog"):
         dampen_([p], *selects_all(p), alpha=ALPHA, undo=undo)
     assert p.eq(1).all()
-
-
-@pytest.mark.parametrize("log", [None, True, "log"], ids=repr)
-def test_a_log_of_a_wrong_type(log):
-    with pytest.raises(TypeError, match=r"log is a .*: it must be an UndoLog, which dampen_\(\.\.\., undo=True\)"):
-        undo_(log)
+    with pytest.raises(
+        TypeError, match=r"log is a .*: it must be an UndoLog, which dampen_\(\.\.\., undo=True\) returns"
+    ):
+        undo_(undo)
 
 
 def test_without_undo_the_report_has_no_log():

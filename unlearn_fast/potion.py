@@ -81,7 +81,7 @@ def potion_(
     for alpha in _shown(alpha_for_percentile(f, r, list(map(percentile, shares))), progress):
         try:
             report = dampen_(model, f, r, alpha=max(alpha, 0.0), undo=log, **settings)
-            score = float(forget_score(model))
+            score = _number(forget_score(model))
         except BaseException:
             undo_last_(log, mark)
             raise
@@ -92,6 +92,13 @@ def potion_(
         f"forget_score is still {score:.4g}, not below {below:g}, after {len(shares)} tries, the last with share"
         f" {shares[-1]:.4g}: the model is as it was"
     )
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"forget_score returned {score!r}: it must be a number") from error
 
 
 def _shown(alphas: list[float], progress: bool) -> Iterable[float]:

@@ -26,7 +26,8 @@ def trial(params: Parameters, forget: Importances, reference: Importances, **set
         TypeError, ValueError: as `dampen_`; nothing is changed then.
 
     Warns:
-        UserWarning: the block changed a parameter itself: the dampened values are put back, and no others.
+        UserWarning: the block changed a parameter itself, if only by another trial: the dampened values are put back,
+            and no others.
     """
     if "undo" in settings:
         raise TypeError("undo is not for trial, which always undoes: leave it out")

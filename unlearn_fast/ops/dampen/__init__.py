@@ -138,12 +138,12 @@ def apply_(
         return operator(p, f, r, [alphas[i] for i in indices], [lams[i] for i in indices], *rest)
 
     params = [entry.param for entry in entries]
-    if all(t.device == device for entry in entries for t in (entry.forget, entry.reference)):
-        table = operator(params, [e.forget for e in entries], [e.reference for e in entries], alphas, lams, *rest)
-    else:
-        table = dampen_streamed_(entries, dampen)
-    _checks.written(*params)
-    return table
+    try:
+        if all(t.device == device for entry in entries for t in (entry.forget, entry.reference)):
+            return operator(params, [e.forget for e in entries], [e.reference for e in entries], alphas, lams, *rest)
+        return dampen_streamed_(entries, dampen)
+    finally:  # what is interrupted has written some of it
+        _checks.written(*params)
 
 
 def _parts(entries: Sequence[Entry], segment: int | None) -> Iterator[list[int]]:

@@ -103,7 +103,8 @@ def undo_(log: UndoLog) -> None:
         TypeError: `log` is no `UndoLog`.
 
     Warns:
-        UserWarning: a parameter was changed since: its dampened values are put back, and no others.
+        UserWarning: a parameter was changed since, not by a dampening in the log (nor, which does no harm, by another
+            that was undone): its dampened values are put back, and no others.
     """
     if not isinstance(log, UndoLog):
         raise TypeError(f"log is a {type(log).__name__}: it must be an UndoLog, which dampen_(..., undo=True) returns")
