@@ -67,6 +67,11 @@ def triples(draw: st.DrawFn, most: int = 4) -> list[Triple]:
     ]
 
 
+def selects_all(*params: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Importances that quarter everything, where alpha is below 4."""
+    return [torch.full(p.shape, 4.0) for p in params], [torch.ones(p.shape) for p in params]
+
+
 def columns(rows: list[Triple]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters, and the importances to both sets."""
     p, f, r = ([row[side] for row in rows] for side in range(3))

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import sys
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from importances import clones, mixed_model, of_model, same
 from torch import Tensor, nn
 
 from unlearn_fast import Sweep, dampen_, sweep, trial
+from unlearn_fast.ops import dampen as dampen_module
 
 NAN = math.nan
 
@@ -150,6 +152,40 @@ def test_no_memory_of_a_parameters_size_is_taken_where_nothing_is_selected():
         found = sweep(model, f, r, {"alpha": [1.0, 2.0], "lam": [1.0, 0.5]}, lambda m: 0.0, progress=False)
     taken = [event.cpu_memory_usage for event in profiled.events()]
     assert found.rows[0]["selected"] == 0 and taken and max(taken) < 10_000
+
+
+@pytest.mark.parametrize("how", ["trial", "sweep"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interruption_of_the_dampening_itself(case, monkeypatch, how, when):
+    """In the second of the calls that write: of a trial's second segment, of a sweep's second point."""
+    model, f, r = case
+    place = dampen_module if how == "trial" else sys.modules["unlearn_fast.sweep"]
+    calls, apply_ = [], place.apply_
+
+    def interrupted(*arguments):
+        calls.append(1)
+        table = apply_(*arguments) if len(calls) == 1 or when == "after" else None
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return table
+
+    monkeypatch.setattr(place, "apply_", interrupted)
+    monkeypatch.setattr(dampen_module, "SEGMENT", 100)
+    with pytest.raises(KeyboardInterrupt):
+        if how == "sweep":
+            sweep(model, f, r, {"alpha": [1.0], "lam": [0.5, 0.1]}, lambda m: 0.0, progress=False)
+        else:
+            with trial(model, f, r, alpha=1.0):
+                pytest.fail("the block ran")
+    assert len(calls) == 2
+
+
+def test_in_inference_mode(case):
+    model, f, r = case
+    with torch.inference_mode():
+        with trial(model, f, r, alpha=1.0) as report:
+            assert report.total.selected > 0
+        assert sweep(model, f, r, [(1.0, 1.0)], lambda m: 0.0, progress=False).rows[0]["selected"] > 0
 
 
 @pytest.mark.parametrize("progress", [True, False])

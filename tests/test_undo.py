@@ -7,21 +7,16 @@ import torch
 from accuracy import bits
 from hypothesis import given
 from hypothesis import strategies as st
-from importances import ALPHA, SIZES, any_bits, clones, columns, many_tensors, same, triple, triples
+from importances import ALPHA, SIZES, any_bits, clones, columns, many_tensors, same, selects_all, triple, triples
 from layouts import DTYPES, surroundings
 from torch import Tensor, nn
 
 import unlearn_fast
-from unlearn_fast import UndoLog, dampen_, trial, undo_
+from unlearn_fast import UndoLog, dampen_, undo_
 from unlearn_fast.ops import dampen as module
 from unlearn_fast.reference.dampen import dampen_record, dampen_undo_
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def selects_all(*params: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Importances that quarter everything."""
-    return [torch.full(p.shape, 4.0) for p in params], [torch.ones(p.shape) for p in params]
 
 
 def nbytes(report: unlearn_fast.DampenReport, params: list[Tensor]) -> int:
@@ -107,6 +102,17 @@ def test_records_equal_the_references(rows):
     assert same(params, before)
 
 
+def test_channels_last_parameters_inside_a_larger_tensor():
+    p, f, r = triple((4, 3, 5, 2), hostile=False)
+    place = torch.full((4, 6, 5, 4), 9.0).to(memory_format=torch.channels_last)
+    before, p = p, place[:, ::2, :, 1:3].copy_(p)
+    around = surroundings(p)
+    report = dampen_([p], [f], [r], alpha=ALPHA, undo=True)
+    assert report.total.selected > 0 and not same([p], [before]) and report.undo.nbytes == nbytes(report, [p])
+    undo_(report.undo)
+    assert same([p], [before]) and torch.equal(surroundings(p), around)
+
+
 # Several dampenings, interruptions
 
 
@@ -156,67 +162,6 @@ def test_an_error_before_the_first_write_leaves_an_empty_log():
     with pytest.raises(ValueError, match="alpha is -1"):
         dampen_([p], *selects_all(p), alpha=-1.0, undo=log)
     assert log.names == () and p.eq(1).all()
-
-
-# Warnings
-
-
-def changes(p: Tensor) -> None:
-    with torch.no_grad():
-        p[0] = 7.0
-
-
-@pytest.mark.parametrize("dampenings", [1, 2])
-def test_a_change_since_is_warned_of_and_kept_elsewhere(dampenings):
-    params = {"a": torch.full((3,), 8.0), "b": torch.full((3,), 8.0)}
-    f = {"a": torch.tensor([0.0, 4.0, 4.0]), "b": torch.full((3,), 4.0)}
-    r = {name: torch.ones(3) for name in params}
-    log = UndoLog()
-    for _ in range(dampenings):
-        dampen_(params, f, r, alpha=ALPHA, undo=log)
-    changes(params["a"])
-    with pytest.warns(UserWarning, match=r"'a' \(of 1 parameters\) was changed since") as caught:
-        undo_(log)
-    assert params["a"].tolist() == [7.0, 8.0, 8.0] and params["b"].tolist() == [8.0] * 3
-    assert caught[0].filename == __file__
-
-
-def test_a_change_between_two_dampenings_is_warned_of():
-    p, log = torch.ones(3), UndoLog()
-    dampen_([p], *selects_all(p), alpha=ALPHA, undo=log)
-    changes(p)
-    dampen_([p], *selects_all(p), alpha=ALPHA, undo=log)
-    with pytest.warns(UserWarning, match="was changed since"):
-        undo_(log)
-
-
-def test_views_of_one_tensor_are_no_change(monkeypatch):
-    """They share a version counter: to dampen one is not to change the other."""
-    monkeypatch.setattr(module, "SEGMENT", 4)
-    whole, log = torch.full((12,), 8.0), UndoLog()
-    params = list(whole.split(4))
-    dampen_(params, *selects_all(*params), alpha=ALPHA, undo=log)
-    dampen_(params[:1], *selects_all(params[0]), alpha=ALPHA, undo=log)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        undo_(log)
-    assert whole.eq(8).all()
-
-
-@pytest.mark.parametrize("how", ["undo_", "trial"])
-def test_all_is_put_back_where_warnings_are_errors(how):
-    p = torch.full((3,), 8.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="was changed since"):
-            if how == "trial":
-                with trial([p], *selects_all(p), alpha=ALPHA):
-                    changes(p)
-            else:
-                report = dampen_([p], *selects_all(p), alpha=ALPHA, undo=True)
-                changes(p)
-                undo_(report.undo)
-    assert p.eq(8).all()
 
 
 # Parameters of every kind

@@ -1,5 +1,6 @@
 """The alpha above which a given share of all parameters would be selected."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -44,6 +45,8 @@ def alpha_for_percentile(forget: Any, reference: Any, q: Any) -> Any:
     adaptive selective synaptic dampening", 2024.
     """
     many = isinstance(q, Sequence) and not isinstance(q, str)
+    if not many and not isinstance(q, numbers.Real):
+        raise TypeError(f"q is {q!r}: it must be a number, or a list of numbers")
     percents = [_checks.number("q", percent, 0, 100) for percent in (q if many else [q])]
     _, f, r = _importances.both(forget, reference)
     if len({t.device for t in f}) > 1:
