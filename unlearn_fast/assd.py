@@ -13,6 +13,7 @@ from unlearn_fast.fisher.per_example import Losses
 from unlearn_fast.ops import _checks
 from unlearn_fast.ops.alpha_for_percentile import alpha_for_percentile
 from unlearn_fast.ops.dampen import UndoLog, check_settings, dampen_
+from unlearn_fast.ops.dampen.undo import log_for
 from unlearn_fast.ssd import importances
 
 
@@ -56,6 +57,7 @@ def assd_(
     synaptic dampening", 2024.
     """
     check_settings(0.0, lam, exponent, cap, floor)
+    log_for(undo)
     if share is not None:
         _checks.number("share", share, 0, 1)
     f, r = importances(model, forget, reference, losses, mode, progress)

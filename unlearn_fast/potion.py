@@ -1,6 +1,7 @@
 """Potion: dampening that grows until the forget set is forgotten."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,8 @@ from unlearn_fast.fisher import Importance
 from unlearn_fast.fisher.per_example import Losses
 from unlearn_fast.ops import _checks
 from unlearn_fast.ops.alpha_for_percentile import alpha_for_percentile
-from unlearn_fast.ops.dampen import UndoLog, check_settings, dampen_, undo_
+from unlearn_fast.ops.dampen import UndoLog, check_settings, dampen_
+from unlearn_fast.ops.dampen.undo import log_for, undo_last_
 from unlearn_fast.ssd import importances
 
 START, GROWTH = 25, 1.1  # published: the first share is a 25th of the true one, each further one a tenth larger
@@ -61,6 +63,10 @@ def potion_(
     Source: Schoepf, Foster, Brintrup, "Potion: Towards Poison Unlearning", 2024.
     """
     check_settings(0.0, lam, exponent, cap, floor)
+    wanted = log_for(undo)
+    log = UndoLog() if wanted is None else wanted
+    mark = log.mark()
+    _checks.number("below", below, -math.inf)
     if not callable(forget_score):
         raise TypeError(f"forget_score is a {type(forget_score).__name__}: it must be a function of the model")
     if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
@@ -71,24 +77,28 @@ def potion_(
     share = f.examples / (f.examples + r.examples) if share is None else share
     shares = [min(1.0, share / START * GROWTH**k) for k in range(tries)]
     shares = shares[: shares.index(1.0) + 1] if 1.0 in shares else shares
-    log = undo if isinstance(undo, UndoLog) else UndoLog()
     settings: dict[str, Any] = {"lam": lam, "exponent": exponent, "cap": cap, "floor": floor}
     for alpha in _shown(alpha_for_percentile(f, r, list(map(percentile, shares))), progress):
-        own = UndoLog()
         try:
-            report = dampen_(model, f, r, alpha=max(alpha, 0.0), undo=own, **settings)
-            score = float(forget_score(model))
+            report = dampen_(model, f, r, alpha=max(alpha, 0.0), undo=log, **settings)
+            score = _number(forget_score(model))
         except BaseException:
-            undo_(own)
+            undo_last_(log, mark)
             raise
         if score < below:
-            log.extend(own)
-            return dataclasses.replace(report, undo=log if undo is not False else None)
-        undo_(own)
+            return report if wanted is not None else dataclasses.replace(report, undo=None)
+        undo_last_(log, mark)
     raise RuntimeError(
         f"forget_score is still {score:.4g}, not below {below:g}, after {len(shares)} tries, the last with share"
         f" {shares[-1]:.4g}: the model is as it was"
     )
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"forget_score returned {score!r}: it must be a number") from error
 
 
 def _shown(alphas: list[float], progress: bool) -> Iterable[float]:

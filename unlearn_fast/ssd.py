@@ -11,6 +11,8 @@ from unlearn_fast.fisher import Importance, diagonal_fisher
 from unlearn_fast.fisher.importance import model_fingerprint
 from unlearn_fast.fisher.per_example import Losses
 from unlearn_fast.ops.dampen import Setting, UndoLog, check_settings, dampen_
+from unlearn_fast.ops.dampen.settings import by_parameter
+from unlearn_fast.ops.dampen.undo import log_for
 
 
 def ssd_(
@@ -56,6 +58,10 @@ def ssd_(
     Dampening", AAAI 2024.
     """
     check_settings(alpha, lam, exponent, cap, floor)
+    log_for(undo)
+    names = [name for name, _ in model.named_parameters()]
+    for argument, setting in (("alpha", alpha), ("lam", lam)):  # before hours of measuring
+        by_parameter(argument, setting, names)
     f, r = importances(model, forget, reference, losses, mode, progress)
     report = dampen_(model, f, r, alpha=alpha, lam=lam, exponent=exponent, cap=cap, floor=floor, undo=undo)
     if report.total.selected == 0:

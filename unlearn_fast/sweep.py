@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unlearn_fast.ops import _checks
 from unlearn_fast.ops.dampen import Importances, apply_, check_settings
 from unlearn_fast.ops.dampen.align import Entry, align, on_device
 from unlearn_fast.ops.dampen.undo import record, restore_
@@ -30,22 +31,22 @@ class Sweep:
     @property
     def scores(self) -> tuple[str, ...]:
         """The names of what `evaluate` returned."""
-        known = (*SETTINGS, *COUNTS)
-        return tuple(name for name in (self.rows[0] if self.rows else {}) if name not in known)
+        return _names(self.rows[0]) if self.rows else ()
 
     def pareto(self, *, low: str, high: str) -> "Sweep":
         """The rows that no other beats: none has less of `low` and no less of `high`, or more of `high` and no more of
-        `low`. By rising `low`; a score that is NaN beats nothing."""
+        `low`. By rising `low`, equal ones in the order of the grid; rows where one of the two is NaN are left out."""
         self._check(low, high)
         best: list[Row] = []
-        for row in sorted(self.rows, key=lambda row: (row[low], -row[high])):
-            if row[low] == row[low] and row[high] == row[high] and (not best or row[high] > best[-1][high]):
+        numbers = [row for row in self.rows if row[low] == row[low] and row[high] == row[high]]
+        for row in sorted(numbers, key=lambda row: (row[low], -row[high])):
+            if not best or row[high] > best[-1][high] or (row[low], row[high]) == (best[-1][low], best[-1][high]):
                 best.append(row)
         return Sweep(tuple(best))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all columns."""
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*SETTINGS, *COUNTS, *self.scores])
             writer.writeheader()
             writer.writerows(self.rows)
@@ -113,6 +114,8 @@ def sweep(
     """
     points = _points(grid)
     for alpha, lam in points:
+        for name, value in (("alpha", alpha), ("lam", lam)):
+            _checks.number(f"{name} in grid", value)
         check_settings(alpha, lam, exponent, cap, floor)
     if not callable(evaluate):
         raise TypeError(f"evaluate is a {type(evaluate).__name__}: it must be a function of the model")
@@ -128,11 +131,14 @@ def sweep(
                 try:
                     tables = [_dampened(group, *points[i], exponent, cap, floor) for group in groups]
                     rows[i] = {
-                        "alpha": alpha,
+                        "alpha": points[i][0],
                         "lam": points[i][1],
                         **_counts(tables, entries),
                         **_scores(evaluate(model)),
                     }
+                    if rows[i].keys() != rows[order[0]].keys():
+                        first, other = (", ".join(map(repr, _names(rows[k]))) for k in (order[0], i))
+                        raise ValueError(f"evaluate returned the scores {other}, and at first {first}: always the same")
                 finally:
                     for group, recorded in zip(groups, records, strict=True):
                         restore_([entry.param for entry in group], recorded)
@@ -144,6 +150,9 @@ def _points(grid: Any) -> list[tuple[float, float]]:
     if isinstance(grid, Mapping):
         if set(grid) != set(SETTINGS):
             raise ValueError(f"grid has {', '.join(map(repr, grid))}: it must have 'alpha' and 'lam', and no others")
+        for name, values in grid.items():
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise TypeError(f"grid[{name!r}] is a {type(values).__name__}: it must be a list of numbers")
         pairs: Iterable[Any] = itertools.product(grid["alpha"], grid["lam"])
     elif isinstance(grid, Iterable) and not isinstance(grid, str):
         pairs = grid
@@ -152,7 +161,7 @@ def _points(grid: Any) -> list[tuple[float, float]]:
     points = []
     for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"grid has {pair!r}: it must have pairs (alpha, lam)")
+            raise ValueError(f"grid has {pair!r}: it must be pairs (alpha, lam)")
         points.append((pair[0], pair[1]))
     return points
 
@@ -178,7 +187,15 @@ def _scores(value: Any) -> Row:
     taken = [name for name in scores if name in (*SETTINGS, *COUNTS)]
     if taken:
         raise ValueError(f"evaluate returned {taken[0]!r}, which the table has already: give it another name")
-    return {str(name): float(score) for name, score in scores.items()}
+    try:
+        return {str(name): float(score) for name, score in scores.items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"evaluate returned {value!r}: it must be a number, or a mapping name -> number") from error
+
+
+def _names(row: Row) -> tuple[str, ...]:
+    """Of the scores in it."""
+    return tuple(name for name in row if name not in (*SETTINGS, *COUNTS))
 
 
 @contextlib.contextmanager

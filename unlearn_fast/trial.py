@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from unlearn_fast._report import DampenReport
-from unlearn_fast.ops.dampen import Importances, Parameters, UndoLog, dampen_, undo_
+from unlearn_fast.ops.dampen import Importances, Parameters, UndoLog, dampen_
+from unlearn_fast.ops.dampen.undo import undo_last_
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def trial(params: Parameters, forget: Importances, reference: Importances, **set
         TypeError, ValueError: as `dampen_`; nothing is changed then.
 
     Warns:
-        UserWarning: the block changed a parameter itself: the dampened values are put back, and no others.
+        UserWarning: the block changed a parameter itself, if only by another trial: the dampened values are put back,
+            and no others.
     """
     if "undo" in settings:
         raise TypeError("undo is not for trial, which always undoes: leave it out")
@@ -33,4 +35,4 @@ def trial(params: Parameters, forget: Importances, reference: Importances, **set
     try:
         yield dampen_(params, forget, reference, undo=log, **settings)
     finally:
-        undo_(log)
+        undo_last_(log, stacklevel=4)

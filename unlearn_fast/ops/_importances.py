@@ -29,25 +29,22 @@ def named(argument: str, given: Any) -> dict[str, Tensor]:
 
 
 def both(forget: Any, reference: Any) -> tuple[tuple[str, ...], list[Tensor], list[Tensor]]:
-    """The names, and the two importances of each, on the device of the first; a `module.` prefix does not matter."""
+    """The names, and the two importances of each, on the device of the first; a `module.` prefix does not matter, but
+    where both have a name as it stands."""
     if isinstance(forget, Mapping) != isinstance(reference, Mapping):
         raise TypeError("forget and reference are a mapping and a list: both must be of one kind")
     f, r = named("forget", forget), named("reference", reference)
     if not isinstance(forget, Mapping) and len(f) != len(r):
         raise ValueError(f"reference has {len(r)} tensors: it must have {len(f)}, as forget has")
-    bare = {name.removeprefix("module."): value for name, value in r.items()}
-    for name in f:
-        if name.removeprefix("module.") not in bare:
+    bare = {name.removeprefix("module."): name for name in r if name not in f}
+    partners = {name: name if name in r else bare.pop(name.removeprefix("module."), None) for name in f}
+    for name, partner in partners.items():
+        if partner is None:
             raise ValueError(f"reference has no {name!r}, and forget has: both must have the same names")
-    if len(bare) != len(f):
-        known = {name.removeprefix("module.") for name in f}
-        stranger = next((name for name in r if name.removeprefix("module.") not in known), None)
-        if stranger is None:
-            raise ValueError(
-                "forget or reference has a name twice, with and without its `module.` prefix: give it once"
-            )
+    taken = set(partners.values())
+    if (stranger := next((name for name in r if name not in taken), None)) is not None:
         raise ValueError(f"reference has {stranger!r}, and forget has not: both must have the same names")
-    of_reference = [bare[name.removeprefix("module.")] for name in f]
+    of_reference = [r[str(partner)] for partner in partners.values()]
     for (name, a), b in zip(f.items(), of_reference, strict=True):
         if a.shape != b.shape:
             raise ValueError(

@@ -1,5 +1,6 @@
 """The alpha above which a given share of all parameters would be selected."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -26,8 +27,8 @@ def alpha_for_percentile(forget: Any, reference: Any, q: Any) -> Any:
     share `1 - q / 100` of those whose ratio is finite.
 
     Exact, as `numpy.percentile(ratios[isfinite(ratios)], q)` in float64 with its linear interpolation, at any size: the
-    ratios are never stored, and any number of q is answered by the same passes over f and r (two for float32, four for
-    float64), in 64 MiB or less.
+    ratios are never stored. One q takes two passes over f and r in float32, four in float64; several q share the first,
+    and some of them each further one. That needs 64 MiB on a CPU of up to 120 threads, and below 1 GiB elsewhere.
 
     Args:
         forget, reference: importances f and r: mappings name -> tensor with the same names, or lists of tensors, of one
@@ -44,6 +45,8 @@ def alpha_for_percentile(forget: Any, reference: Any, q: Any) -> Any:
     adaptive selective synaptic dampening", 2024.
     """
     many = isinstance(q, Sequence) and not isinstance(q, str)
+    if not many and not isinstance(q, numbers.Real):
+        raise TypeError(f"q is {q!r}: it must be a number, or a list of numbers")
     percents = [_checks.number("q", percent, 0, 100) for percent in (q if many else [q])]
     _, f, r = _importances.both(forget, reference)
     if len({t.device for t in f}) > 1:

@@ -12,7 +12,7 @@ from unlearn_fast.ops import _checks
 from unlearn_fast.ops.dampen.align import Entry, align, on_device
 from unlearn_fast.ops.dampen.settings import Setting, by_parameter, check_settings
 from unlearn_fast.ops.dampen.stream import dampen_streamed_
-from unlearn_fast.ops.dampen.undo import UndoLog, undo_
+from unlearn_fast.ops.dampen.undo import UndoLog, log_for, undo_
 from unlearn_fast.reference.dampen import dampen_one_
 
 __all__ = ["DampenReport", "Setting", "UndoLog", "check_settings", "dampen_", "undo_"]
@@ -70,20 +70,20 @@ def dampen_(
     Dampening", AAAI 2024.
     """
     check_settings(alpha, lam, exponent, cap, floor)
-    if not isinstance(undo, (bool, UndoLog)):
-        raise TypeError(f"undo is a {type(undo).__name__}: it must be True, False or an UndoLog")
+    log = log_for(undo)
     alignment = align(params, forget, reference)
     chosen = choose(alignment.entries, alpha, lam)
-    log = UndoLog() if undo is True else undo or None
     tables = []
     for part in _parts(chosen.entries, None if log is None else SEGMENT):
         entries = [chosen.entries[i] for i in part]
         alphas, lams = ([values[i] for i in part] for values in (chosen.alpha, chosen.lam))
         if log is not None:
             log.record(entries := on_device(entries), alphas)
-        tables.append(apply_(entries, alphas, lams, exponent, cap, floor))
-        if log is not None:
-            log.applied()
+        try:
+            tables.append(apply_(entries, alphas, lams, exponent, cap, floor))
+        finally:
+            if log is not None:
+                log.applied()
     if len({t.device for t in tables}) > 1:  # the report gathers them, which is the only sync
         tables = [t.cpu() for t in tables]
     return DampenReport(
@@ -140,12 +140,12 @@ def apply_(
         return operator(p, f, r, [alphas[i] for i in indices], [lams[i] for i in indices], *rest)
 
     params = [entry.param for entry in entries]
-    if device.type == "cpu" or all(t.device == device for entry in entries for t in (entry.forget, entry.reference)):
-        table = operator(params, [e.forget for e in entries], [e.reference for e in entries], alphas, lams, *rest)
-    else:
-        table = dampen_streamed_(entries, dampen)
-    _checks.written(*params)
-    return table
+    try:
+        if device.type == "cpu" or all(t.device == device for e in entries for t in (e.forget, e.reference)):
+            return operator(params, [e.forget for e in entries], [e.reference for e in entries], alphas, lams, *rest)
+        return dampen_streamed_(entries, dampen)
+    finally:  # what is interrupted has written some of it
+        _checks.written(*params)
 
 
 def _parts(entries: Sequence[Entry], segment: int | None) -> Iterator[list[int]]:

@@ -17,6 +17,10 @@ def check_settings(alpha: Setting, lam: Setting, exponent: float, cap: float, fl
     """Raises where a setting is negative, zero for the exponent, not a number, or floor above cap."""
     for name, setting in (("alpha", alpha), ("lam", lam)):
         if isinstance(setting, Mapping):
+            if strangers := [key for key in setting if not isinstance(key, str)]:
+                raise TypeError(
+                    f"{name} has the key {strangers[0]!r}: it must be a string, a name or the start of names"
+                )
             for key, value in setting.items():
                 _check(f"{name}[{key!r}]", value)
         elif not callable(setting):
@@ -29,7 +33,7 @@ def check_settings(alpha: Setting, lam: Setting, exponent: float, cap: float, fl
 
 def _check(name: str, value: Any) -> None:
     number = _checks.number(name, value, above=name == "exponent")
-    if name.partition("[")[0] == "lam" and number > torch.finfo(torch.float32).max:
+    if name.partition("[")[0] in ("lam", "floor") and number > torch.finfo(torch.float32).max:
         raise ValueError(f"{name} is {value}: it must be finite in float32, because inf * 0 is no factor")
 
 
@@ -51,7 +55,10 @@ def _by_key(name: str, setting: Mapping[str, float], params: Sequence[str]) -> l
     reach = {key: [_reach(key, param) for param in params] for key in setting}
     for key, reaches in reach.items():
         if not any(r is not None for r in reaches):
-            raise ValueError(f"{name} has {key!r}, which fits no parameter: it must be a name, or the start of names")
+            raise ValueError(
+                f"{name} has {key!r}, which fits no parameter that has importances: it must be a name,"
+                " or the start of names"
+            )
     values: list[float | None] = []
     for i, param in enumerate(params):
         fitting = [(r[i], key) for key, r in reach.items() if r[i] is not None]
@@ -68,13 +75,12 @@ def _reach(key: str, param: str) -> int | None:
     if key == "":
         return 0
     if (found := RANGE.fullmatch(key)) is None:
-        wanted: list[str | range] = list(key.split("."))
+        wanted: list[str | range] = [*key.split(".")]
     else:
         before, first, last, after = found.groups()
         numbered = range(int(first or 0), int(last) if last else 1 << 62)
-        wanted = (
-            [*before.split("."), numbered, *after.strip(".").split(".")] if after else [*before.split("."), numbered]
-        )
+        start, end = ([*part.strip(".").split(".")] if part else [] for part in (before, after))
+        wanted = [*start, numbered, *end]
     fits = len(wanted) <= len(parts) and all(
         part == want if isinstance(want, str) else part.isdecimal() and int(part) in want
         for part, want in zip(parts, wanted, strict=False)

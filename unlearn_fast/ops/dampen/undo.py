@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class _Segment:
     names: tuple[str, ...]
     params: list[Tensor]
     record: tuple[Tensor, Tensor, Tensor]  # of dampen_record
-    versions: list[int] = field(default_factory=list)  # of the parameters right after the change
+    versions: list[int] = field(default_factory=list)  # of the parameters when only dampenings had changed them
+    touched: set[str] = field(default_factory=set)  # what something else changed
 
 
 class UndoLog:
@@ -30,7 +32,8 @@ class UndoLog:
 
     6 bytes a changed float32, 4 a changed bfloat16. It is written before the parameters are, some of them at a time, so
     that a dampening which is interrupted, by Ctrl-C for one, can be undone with the log that was given to it: `names`
-    then tells how far it came. One log may hold several dampenings; they are undone last first.
+    then tells how far it came. One log may hold several dampenings; they are undone last first. It refers to the
+    parameters' memory: a model that was moved or converted since has another, and is not put back.
     """
 
     def __init__(self) -> None:
@@ -57,16 +60,31 @@ class UndoLog:
     def record(self, entries: Sequence[Entry], alphas: Sequence[float]) -> None:
         """Adds what a dampening of these parameters, which follows, will change."""
         params = [entry.param for entry in entries]
-        self._segments.append(_Segment(tuple(e.name for e in entries), params, record(entries, alphas)))
+        recorded = record(entries, alphas)
+        self.look()
+        self._segments.append(_Segment(tuple(e.name for e in entries), params, recorded))
 
-    def extend(self, other: "UndoLog") -> None:
-        """Takes over what another log holds, as the last."""
-        self._segments += other._segments
-        other._segments = []
+    def mark(self) -> int:
+        """Where it ends now, for `undo_last_`."""
+        return len(self._segments)
+
+    def look(self) -> None:
+        """Notes what was changed since the last change that was ours."""
+        for segment in self._segments:
+            rows = zip(segment.names, segment.params, segment.versions, strict=False)
+            segment.touched |= {name for name, param, version in rows if _version(param) != version}
 
     def applied(self) -> None:
-        """The dampening that was recorded last is done."""
-        self._segments[-1].versions = [_version(param) for param in self._segments[-1].params]
+        """What changed the parameters since `look` was ours: views of one tensor are changed together."""
+        for segment in self._segments:
+            segment.versions = [_version(param) for param in segment.params]
+
+
+def log_for(undo: Any) -> UndoLog | None:
+    """The log that the argument `undo` asks for."""
+    if not isinstance(undo, (bool, UndoLog)):
+        raise TypeError(f"undo is a {type(undo).__name__}: it must be True, False or an UndoLog")
+    return undo if isinstance(undo, UndoLog) else UndoLog() if undo else None
 
 
 def record(entries: Sequence[Entry], alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +93,6 @@ def record(entries: Sequence[Entry], alphas: Sequence[float]) -> tuple[Tensor, T
     return torch.ops.unlearn_fast.dampen_record(p, f, r, list(map(float, alphas)))
 
 
-@torch.no_grad()
 def undo_(log: UndoLog) -> None:
     """Puts back, bit for bit, what the dampenings in `log` changed, and empties it.
 
@@ -86,27 +103,33 @@ def undo_(log: UndoLog) -> None:
         TypeError: `log` is no `UndoLog`.
 
     Warns:
-        UserWarning: a parameter was changed since: its dampened values are put back, and no others.
+        UserWarning: a parameter was changed since, not by a dampening in the log (nor, which does no harm, by another
+            that was undone): its dampened values are put back, and no others.
     """
     if not isinstance(log, UndoLog):
         raise TypeError(f"log is a {type(log).__name__}: it must be an UndoLog, which dampen_(..., undo=True) returns")
-    touched = [
-        name
-        for segment in log._segments
-        for name, param, version in zip(segment.names, segment.params, segment.versions, strict=False)
-        if _version(param) != version
-    ]
-    # Several dampenings of one parameter change it between them.
-    if touched and len(set(log.names)) == len(log.names):
+    undo_last_(log, stacklevel=3)
+
+
+def undo_last_(log: UndoLog, mark: int = 0, stacklevel: int = 3) -> None:
+    """Undoes what was recorded since the log had this mark."""
+    log.look()
+    undone = log._segments[mark:]
+    touched = [name for segment in undone for name in segment.names if name in segment.touched]
+    try:
+        while len(log._segments) > mark:
+            segment = log._segments[-1]
+            with torch.no_grad():  # not around all: a decorator would be what the warning points at
+                restore_(segment.params, segment.record)
+            log._segments.pop()
+    finally:
+        log.applied()
+    if touched:  # told at the end, because a warning may be an error
         warnings.warn(
-            f"{touched[0]!r} (of {len(touched)} parameters) was changed since it was dampened: only what the dampening"
-            " changed is put back",
-            stacklevel=2,
+            f"{touched[0]!r} (of {len(set(touched))} parameters) was changed since it was dampened: only what the"
+            " dampening changed is put back",
+            stacklevel=stacklevel,
         )
-    while log._segments:
-        segment = log._segments[-1]
-        restore_(segment.params, segment.record)
-        log._segments.pop()
 
 
 def restore_(params: list[Tensor], recorded: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -25,6 +25,7 @@ def selection_curve(
 
     Returns:
         A `SelectionCurve`: counts by tensor and alpha, as `dampen_` with that alpha would select; `plot` draws it.
+        (But `dampen_` compares in float64 where the parameter is float64, here only where an importance is.)
 
     Raises:
         TypeError, ValueError: an argument does not fit.
