@@ -74,27 +74,57 @@ UNLEARN_INLINE void prefetch_block(const P* block) {
   }
 }
 
+template <class P>
+UNLEARN_INLINE void store_where(bool chosen, P value, P& target) {
+  if constexpr (sizeof(P) == 2)  // bits, since no loop that selects a struct is vectorised
+    target.bits = chosen ? value.bits : target.bits;
+  else
+    target = chosen ? value : target;
+}
+
+template <Exponent kind, class C>
+UNLEARN_INLINE C factor_of(C f, C r, C lam, double exponent, C cap, C floor) {
+  C factor = raised<kind>(C(r * lam) / f, exponent);
+  factor = f == std::numeric_limits<C>::infinity() ? C(0) : factor;  // lam * r may overflow, and inf / inf is no factor
+  factor = factor > cap ? cap : factor;
+  return factor < floor ? floor : factor;
+}
+
 // P: the parameter's type; C: the type in which all is computed, float or double.
 template <Exponent kind, class P, class C>
 UNLEARN_INLINE void dampen_block(
     P* p, const C* f, const C* r, int64_t n, C alpha, C lam, const DampenSettings& settings, DampenStats& stats) {
   const C cap = C(settings.cap), floor = C(settings.floor);
   const double exponent = settings.exponent;
-  const C infinity = std::numeric_limits<C>::infinity();
   int32_t non_finite_selected = 0;
   double factor_sum = 0;
+  if constexpr (sizeof(P) > 2) {
 #pragma omp simd reduction(+ : non_finite_selected, factor_sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const bool chosen = f[i] > r[i] * alpha;
-    C factor = raised<kind>(C(r[i] * lam) / f[i], exponent);
-    factor = f[i] == infinity ? C(0) : factor;  // lam * r may overflow, and inf / inf is no factor
-    factor = factor > cap ? cap : factor;
-    factor = factor < floor ? floor : factor;
-    const C value = C(load(p[i]));
-    const P dampened = store<P>(compute_t<P>(value * factor));
-    p[i] = chosen ? dampened : p[i];
-    factor_sum += chosen ? double(factor) : 0.0;
-    non_finite_selected += chosen & !is_finite(value);
+    for (int64_t i = 0; i < n; ++i) {
+      const bool chosen = f[i] > r[i] * alpha;
+      const C factor = factor_of<kind>(f[i], r[i], lam, exponent, cap, floor), value = C(p[i]);
+      const P dampened = P(value * factor);
+      p[i] = chosen ? dampened : p[i];
+      factor_sum += chosen ? double(factor) : 0.0;
+      non_finite_selected += chosen & !is_finite(value);
+    }
+  } else {  // the compiler vectorises no loop that mixes 16, 32 and 64 bits under one condition, nor one on structs
+    C factors[DAMPEN_BLOCK], values[DAMPEN_BLOCK];
+#pragma omp simd reduction(+ : non_finite_selected)
+    for (int64_t i = 0; i < n; ++i) {
+      const bool chosen = f[i] > r[i] * alpha;
+      const C factor = factor_of<kind>(f[i], r[i], lam, exponent, cap, floor), value = C(load(p[i]));
+      values[i] = value * factor;
+      factors[i] = chosen ? factor : C(0);
+      non_finite_selected += chosen & !is_finite(value);
+    }
+#pragma omp simd reduction(+ : factor_sum)
+    for (int64_t i = 0; i < n; ++i) factor_sum += double(factors[i]);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const uint16_t dampened = store<P>(float(values[i])).bits;
+      p[i].bits = f[i] > r[i] * alpha ? dampened : p[i].bits;
+    }
   }
   stats.non_finite_selected += non_finite_selected;
   stats.factor_sum += factor_sum;
