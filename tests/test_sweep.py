@@ -3,7 +3,6 @@
 import csv
 import math
 import re
-import sys
 import warnings
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from unlearn_fast import Sweep, dampen_, sweep, trial
 from unlearn_fast.ops import dampen as dampen_module
+from unlearn_fast.ops.dampen.selected import Selected
 
 NAN = math.nan
 
@@ -159,17 +159,17 @@ def test_no_memory_of_a_parameters_size_is_taken_where_nothing_is_selected():
 def test_an_interruption_of_the_dampening_itself(case, monkeypatch, how, when):
     """In the second of the calls that write: of a trial's second segment, of a sweep's second point."""
     model, f, r = case
-    place = dampen_module if how == "trial" else sys.modules["unlearn_fast.sweep"]
-    calls, apply_ = [], place.apply_
+    place, name = (dampen_module, "apply_") if how == "trial" else (Selected, "dampen_")
+    calls, edit_ = [], getattr(place, name)
 
     def interrupted(*arguments):
         calls.append(1)
-        table = apply_(*arguments) if len(calls) == 1 or when == "after" else None
+        table = edit_(*arguments) if len(calls) == 1 or when == "after" else None
         if len(calls) == 2:
             raise KeyboardInterrupt
         return table
 
-    monkeypatch.setattr(place, "apply_", interrupted)
+    monkeypatch.setattr(place, name, interrupted)
     monkeypatch.setattr(dampen_module, "SEGMENT", 100)
     with pytest.raises(KeyboardInterrupt):
         if how == "sweep":

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from unlearn_fast.ops import _checks
-from unlearn_fast.ops.dampen import Importances, apply_, check_settings
+from unlearn_fast.ops.dampen import Importances, check_settings
 from unlearn_fast.ops.dampen.align import Entry, align, on_device
-from unlearn_fast.ops.dampen.undo import record, restore_
+from unlearn_fast.ops.dampen.selected import Selected
 
 Row = dict[str, float]
 
@@ -95,8 +95,8 @@ def sweep(
 ) -> Sweep:
     """Dampens with every (alpha, lam) of a grid, evaluates, and undoes it: the model is as before, bit for bit.
 
-    No copy of the model is made: of each alpha, the values that it selects are kept, and put back after each lam. What
-    a point costs beyond `evaluate` is the edit.
+    No copy of the model is made: what an alpha selects is gathered in one pass over the importances, and then dampened
+    with each lam and put back. What a point costs beyond `evaluate` is that edit of the selected values.
 
     Args:
         model, forget, reference, exponent, cap, floor: as for `dampen_`.
@@ -126,10 +126,10 @@ def sweep(
     order = sorted(range(len(points)), key=lambda i: points[i][0])  # points of one alpha share what they change
     with _bar(len(points), progress) as done:
         for alpha, indices in itertools.groupby(order, key=lambda i: points[i][0]):
-            records = [record(group, [alpha] * len(group)) for group in groups]
+            selections = [Selected(group, alpha) for group in groups]
             for i in indices:
                 try:
-                    tables = [_dampened(group, *points[i], exponent, cap, floor) for group in groups]
+                    tables = [selected.dampen_(points[i][1], exponent, cap, floor) for selected in selections]
                     rows[i] = {
                         "alpha": points[i][0],
                         "lam": points[i][1],
@@ -140,8 +140,8 @@ def sweep(
                         first, other = (", ".join(map(repr, _names(rows[k]))) for k in (order[0], i))
                         raise ValueError(f"evaluate returned the scores {other}, and at first {first}: always the same")
                 finally:
-                    for group, recorded in zip(groups, records, strict=True):
-                        restore_([entry.param for entry in group], recorded)
+                    for selected in selections:
+                        selected.restore_()
                 done()
     return Sweep(tuple(rows[i] for i in range(len(points))))
 
@@ -164,11 +164,6 @@ def _points(grid: Any) -> list[tuple[float, float]]:
             raise ValueError(f"grid has {pair!r}: it must be pairs (alpha, lam)")
         points.append((pair[0], pair[1]))
     return points
-
-
-def _dampened(group: list[Entry], alpha: float, lam: float, exponent: float, cap: float, floor: float) -> torch.Tensor:
-    n = len(group)
-    return apply_(group, [float(alpha)] * n, [float(lam)] * n, exponent, cap, floor)
 
 
 def _counts(tables: list[torch.Tensor], entries: list[Entry]) -> Row:

@@ -44,7 +44,7 @@ def full() -> list[Case]:
         undo(64_000_000, tensors=400),
         percentile(100_000_000),
         curve(64_000_000, alphas=100),
-        mask(64_000_000),
+        mask(16_000_000),
         sweep(width=64, image=32, points=10),
     ]
 
@@ -281,13 +281,8 @@ def sweep(*, width: int, image: int, points: int) -> Case:
         ours=ours,
         exact=released,
         rivals={"released loop, a copy a point": released},
-        cost=Cost("f and r read for each point, and once more for each alpha", bytes=_sweep_bytes(width, points)),
+        cost=Cost("f and r read for each alpha", bytes=8 * points * (11_173_962 * width * width // 64**2)),
     )
-
-
-def _sweep_bytes(width: int, points: int) -> int:
-    parameters = 11_173_962 * width * width // 64**2
-    return 8 * parameters * (points * points + points)
 
 
 def _score(model: nn.Module) -> float:
