@@ -2,12 +2,9 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from unlearn_fast.ops.dampen.undo import UndoLog
 
 
 class DampenCounts(NamedTuple):
@@ -53,7 +50,7 @@ class DampenReport:
     left_out: tuple[str, ...] = ()
     alpha: tuple[float, ...] = ()
     lam: tuple[float, ...] = ()
-    undo: "UndoLog | None" = field(default=None, repr=False)
+    undo: Any = field(default=None, repr=False)  # an UndoLog, or None
 
     @property
     def parameters(self) -> dict[str, DampenCounts]:

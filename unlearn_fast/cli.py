@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import unlearn_fast
-from unlearn_fast.commands import dampen, ssd
+from unlearn_fast.commands import UsageError, dampen, ssd
 
 STDOUT = "-"
 DEVICES = ("cpu", "cuda")
@@ -21,10 +21,6 @@ DEVICES = ("cpu", "cuda")
 # What a command needs beyond the package's own dependencies: module -> the extra that installs it.
 DEMO_NEEDS = {"sklearn": "demo", "transformers": "demo", "matplotlib": "demo"}
 PLOT_NEEDS = {"matplotlib": "bench"}
-
-
-class UsageError(Exception):
-    """What the user can put right: reported without a traceback, exit status 2."""
 
 
 def main(argv: list[str] | None = None) -> int:

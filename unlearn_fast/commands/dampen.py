@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unlearn_fast.commands import UsageError
 from unlearn_fast.commands.settings import add_settings, as_json, settings
 
 
@@ -33,7 +34,6 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from unlearn_fast import checkpoint
-    from unlearn_fast.cli import UsageError  # which imports this module
 
     if arguments.out is None and not arguments.dry_run:
         raise UsageError("dampen: -o is missing: it must name what is written, unless --dry-run is given")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from unlearn_fast.commands import UsageError
 from unlearn_fast.commands.settings import add_settings, as_json, settings
 
 
@@ -53,7 +54,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from unlearn_fast.cli import UsageError  # which imports this module
     from unlearn_fast.integrations import huggingface
 
     if arguments.out is None and not arguments.dry_run:
