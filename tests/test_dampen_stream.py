@@ -1,7 +1,9 @@
 """Streaming of importances, a piece at a time: all of it here on the CPU, where nothing has to be copied."""
 
+import contextlib
 import warnings
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -115,10 +117,45 @@ def test_expanded_importances_and_channels_last_parameters():
 
 def test_a_lane_of_the_cpu_brings_the_same_tensors():
     f, r = torch.ones(3), torch.zeros(3)
-    lane = Lane(torch.device("cpu"))
+    lane = Lane(torch.device("cpu"), 3)
     with lane.bring([[f], [r]]) as brought:
         assert brought[0][0] is f and brought[1][0] is r
     lane.wait()
+
+
+class Recorded:
+    """Stands for CUDA's streams and events; all of them write one log."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __getattr__(self, what: str):
+        return lambda *_: self.log.append(what)
+
+
+@pytest.mark.parametrize("piece", [7, 100, 5000])
+def test_the_lanes_of_a_gpu_with_stand_ins_for_its_streams(monkeypatch, piece):
+    """The bookkeeping alone: what goes where, and that memory is not written before its last use was waited for."""
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Recorded)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Recorded())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, *, dtype, **_: empty(n, dtype=dtype))
+    monkeypatch.setattr(stream, "Lane", lambda _, elements: Lane(SimpleNamespace(type="cuda"), elements))
+    Recorded.log.clear()
+    dtypes = [(torch.float32, torch.float32, torch.bfloat16), (torch.float16,) * 3, (torch.bfloat16,) * 3]
+    rows = [triple(n, three) for n, three in zip((501, 0, 40), dtypes, strict=True)]
+    p, f, r = columns(rows)
+    expected = clones(p)
+    alphas = [ALPHA] * len(p)
+    wanted = OPERATORS.dampen_(expected, f, r, alphas, [0.5] * len(p), 1.0, 1.0, 0.1)
+    assert torch.equal(streamed(p, f, r, alphas, piece)[:, :3], wanted[:, :3]) and same(p, expected)
+    count = -(-541 // piece)
+    log = Recorded.log
+    assert log.count("wait_event") == 2 * count and log.count("synchronize") == count + 2
+    assert log[-3:] == ["record", "synchronize", "synchronize"]  # the last use is noted, and both lanes waited for
 
 
 # Through dampen_: a device that is no GPU stands for one

@@ -6,7 +6,7 @@ importances are not page-locked themselves. So importances need no room on the G
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,20 +35,27 @@ def dampen_streamed_(
     """
     device = entries[0].param.device
     params = [entry.param if entry.param.is_contiguous() else entry.param.contiguous() for entry in entries]
-    table = torch.zeros(len(entries), 4, dtype=torch.float64, device=device)
-    lanes = [Lane(device) for _ in range(2)]
     flat = [[t.reshape(-1) for t in side] for side in zip(*((e.forget, e.reference) for e in entries), strict=True)]
-    for turn, piece in enumerate(pieces([p.numel() for p in params], PIECE)):
-        importances = [[side[i][start:stop] for i, start, stop in piece] for side in flat]
-        indices = [part.entry for part in piece]
-        with lanes[turn % 2].bring(importances) as (forget, reference):
-            own = [params[i].view(-1)[start:stop] for i, start, stop in piece]
-            table.index_add_(0, torch.tensor(indices, device=device), dampen(indices, own, forget, reference))
-    for lane in lanes:
-        lane.wait()  # the caller may change the importances now
+    sizes = [p.numel() for p in params]
+    parted = list(pieces(sizes, PIECE))
+    lanes = [Lane(device, min(PIECE, sum(sizes))) for _ in range(2)]
+    tables = []
+    try:
+        for turn, piece in enumerate(parted):
+            importances = [[side[i][start:stop] for i, start, stop in piece] for side in flat]
+            with lanes[turn % 2].bring(importances) as (forget, reference):
+                own = [params[i].view(-1)[start:stop] for i, start, stop in piece]
+                tables.append(dampen([part.entry for part in piece], own, forget, reference))
+    finally:
+        for lane in lanes:
+            lane.wait()  # the caller may change the importances now, and others use the lane's memory
     for entry, param in zip(entries, params, strict=True):
         if param is not entry.param:
             entry.param.copy_(param)
+    table = torch.zeros(len(entries), 4, dtype=torch.float64, device=device)
+    if tables:  # one index for all: to send one to the device waits for its kernels
+        index = torch.tensor([part.entry for piece in parted for part in piece], device=device)
+        table.index_put_((index,), torch.cat(tables), accumulate=True)  # on GPUs in order, unlike index_add_
     return table
 
 
@@ -73,10 +80,11 @@ def pieces(sizes: Sequence[int], limit: int) -> Iterator[list[Part]]:
 class Lane:
     """Memory on the device, and page-locked memory, for one piece; taken in turns with another lane's."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, elements: int) -> None:
+        self._device, self._elements = device, elements
         self._on_gpu = device.type == "cuda"
-        self._buffers: dict[Any, Tensor] = {}
+        self._places: dict[tuple[int, torch.dtype], Tensor] = {}  # on the device
+        self._locked: dict[tuple[int, torch.dtype], Tensor] = {}  # on the CPU
         if self._on_gpu:
             self._copies = torch.cuda.Stream(device)
             self._copied, self._used = torch.cuda.Event(), torch.cuda.Event()
@@ -95,31 +103,33 @@ class Lane:
     @contextmanager
     def _on_the_copy_stream(self, importances: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
         self.wait()  # before the CPU writes to the page-locked memory again
+        current = torch.cuda.current_stream(self._device)
+        for number, side in enumerate(importances):
+            self._make_places(number, {t.dtype for t in side}, current)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._used)
             brought = [self._bring_side(number, side) for number, side in enumerate(importances)]
             self._copied.record(self._copies)
-        current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
         yield brought
         self._used.record(current)
+
+    def _make_places(self, side: int, dtypes: set[torch.dtype], current: torch.cuda.Stream) -> None:
+        """Outside of the copy stream: memory that is freed goes back to the stream that it was taken in, and kernels of
+        the current one read it last. For the same reason kernels launched before may still use what is taken."""
+        for key in {(side, dtype) for dtype in dtypes} - self._places.keys():
+            self._places[key] = torch.empty(self._elements, dtype=key[1], device=self._device)
+            self._used.record(current)
 
     def _bring_side(self, number: int, tensors: list[Tensor]) -> list[Tensor]:
         taken: dict[torch.dtype, int] = {}
         brought = []
         for tensor in tensors:
-            start = taken.get(tensor.dtype, 0)
+            key, start = (number, tensor.dtype), taken.get(tensor.dtype, 0)
             taken[tensor.dtype] = stop = start + tensor.numel()
-            target = self._buffer(number, tensor.dtype, "cuda")[start:stop]
             if not tensor.is_pinned():
-                locked = self._buffer(number, tensor.dtype, "cpu")[start:stop]
-                tensor = locked.copy_(tensor)
-            brought.append(target.copy_(tensor, non_blocking=True))
+                if key not in self._locked:
+                    self._locked[key] = torch.empty(self._elements, dtype=tensor.dtype, pin_memory=True)
+                tensor = self._locked[key][start:stop].copy_(tensor)
+            brought.append(self._places[key][start:stop].copy_(tensor, non_blocking=True))
         return brought
-
-    def _buffer(self, side: int, dtype: torch.dtype, place: str) -> Tensor:
-        key = (side, dtype, place)
-        if key not in self._buffers:
-            where: dict[str, Any] = {"device": self._device} if place == "cuda" else {"pin_memory": True}
-            self._buffers[key] = torch.empty(PIECE, dtype=dtype, **where)
-        return self._buffers[key]
