@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 
 import unlearn_fast
-from unlearn_fast.commands import UsageError, dampen, ssd
+from unlearn_fast._optional import require
+from unlearn_fast.commands import UsageError, as_text, dampen, ssd
 
 STDOUT = "-"
 DEVICES = ("cpu", "cuda")
@@ -76,7 +75,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from unlearn_fast import info
 
     collected = info.collect()
-    print(_json(collected) if arguments.json else info.text(collected))
+    print(as_text(collected) if arguments.json else info.text(collected))
     return 0
 
 
@@ -86,7 +85,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     _check_device(arguments.device, "verify")
     devices = None if arguments.device is None else [arguments.device]
     checks = list(_progress(verify.run_checks(devices), "verify", unit="check"))
-    print(_json(verify.as_json(checks)) if arguments.json else verify.text(checks))
+    print(as_text(verify.as_json(checks)) if arguments.json else verify.text(checks))
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -121,9 +120,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         if prints:
             print("\n" + report.text(outcomes[-1]), flush=True)
             if arguments.json is not None:
-                Path(arguments.json).write_text(_json(report.as_json(outcomes, _command(arguments))) + "\n")
+                Path(arguments.json).write_text(as_text(report.as_json(outcomes, _command(arguments))) + "\n")
     if not prints:
-        print(_json(report.as_json(outcomes, _command(arguments))))
+        print(as_text(report.as_json(outcomes, _command(arguments))))
     if arguments.plot is not None:
         from unlearn_fast.benchmarking.plot import plot
 
@@ -180,15 +179,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _require(modules: Mapping[str, str], command: str) -> None:
     """Raises where one of the modules is not installed, naming the extra that brings it."""
     for module, extra in modules.items():
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"{command} needs {module}, which is not installed: pip install 'unlearn_fast[{extra}]'")
+        try:
+            require(module, extra, command)
+        except ImportError as error:
+            raise UsageError(str(error)) from error
 
 
 def _progress(items: Iterable[Any], name: str, unit: str) -> Iterable[Any]:
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=name, unit=unit, leave=False, file=sys.stderr, disable=None)  # None: only in a terminal
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False)

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from unlearn_fast._files import sync
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,14 +46,6 @@ def folder_of(out: Path) -> Path:
 
 def sync_data(file: int) -> None:
     getattr(os, "fdatasync", os.fsync)(file)  # macOS has only the second
-
-
-def sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 class Workspace:

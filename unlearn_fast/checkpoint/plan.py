@@ -10,13 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from unlearn_fast._files import WEIGHTS
 from unlearn_fast.checkpoint.safetensors_file import FLOATING, Entry
 from unlearn_fast.checkpoint.sources import Checkpoint, Importances, Source, names_without_prefix, open_checkpoint
 from unlearn_fast.ops.dampen import check_settings
-
-# Files that hold weights in other formats, or an index of them: copied, they would still hold what is to be forgotten.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz")
-
 
 JOURNAL_FORMAT = 1
 

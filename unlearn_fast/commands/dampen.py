@@ -1,13 +1,12 @@
 """`unlearn_fast dampen`: a checkpoint on disk is dampened, whatever its size."""
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from unlearn_fast.commands import UsageError
+from unlearn_fast.commands import UsageError, as_text
 from unlearn_fast.commands.settings import add_settings, as_json, settings
 
 
@@ -55,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print("unlearn_fast: dampen was stopped: the same command goes on from here", file=sys.stderr)
         return 130
     if arguments.json:
-        print(json.dumps(as_json(report) | {"files_left_out": report.files_left_out}, indent=1, allow_nan=False))
+        print(as_text(as_json(report) | {"files_left_out": report.files_left_out}))
     else:
         print(report)
     return 0

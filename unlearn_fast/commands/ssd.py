@@ -1,7 +1,6 @@
 """`unlearn_fast ssd`: a model directory of transformers forgets."""
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unlearn_fast.commands import UsageError
+from unlearn_fast.commands import UsageError, as_text
 from unlearn_fast.commands.settings import add_settings, as_json, settings
 
 
@@ -70,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"ssd: {_one_line(error)}") from error
     if arguments.json:
         record = {"out": None if out is None else str(out), **as_json(report), "settings": settings(arguments)}
-        print(json.dumps(record | {"warnings": told}, indent=1, allow_nan=False))
+        print(as_text(record | {"warnings": told}))
     else:
         print(report)
         print("nothing is written: a dry run" if out is None else f"written to {out}")

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from unlearn_fast._files import write_safetensors
 from unlearn_fast.fisher.batches import tensors_in
-from unlearn_fast.fisher.files import write_safetensors
 from unlearn_fast.fisher.gradients import Moments, wide
 
 FEWEST_BATCHES = 4  # the spread of fewer says little

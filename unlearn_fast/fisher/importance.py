@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unlearn_fast.fisher.files import write_safetensors
+from unlearn_fast._files import write_safetensors
 
 FIRST = "first_moment/"  # in front of names in a file
 

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from unlearn_fast._files import WEIGHTS, sync
+
 # What an unlearned model must not bring along: other copies of its weights, states of its training, and data.
-LEFT_BEHIND = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".npy"),
-    *(".pkl", ".pickle", ".tflite", ".mlmodel", ".nemo", ".distcp", ".tar", ".gz", ".zip"),
-    *(".jsonl", ".parquet", ".arrow", ".csv", ".pyc", ".tmp", ".log"),
-}
+LEFT_BEHIND = {*WEIGHTS, ".jsonl", ".parquet", ".arrow", ".csv", ".pyc", ".tmp", ".log"}
 
 
 def check_new_directory(out: Path, model: Path) -> None:
@@ -41,11 +39,11 @@ def appearing(out: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         if out.exists():  # an empty directory would be replaced
             raise FileExistsError(f"out {str(out)!r} exists: it appeared in the meantime")
         temporary.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -61,11 +59,3 @@ def copy_other_files(model: Path, out: Path) -> None:
         elif path.is_file():
             out.mkdir(exist_ok=True)
             shutil.copy(path, out / path.name)  # what a link leads to: in a download cache, all files are links
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

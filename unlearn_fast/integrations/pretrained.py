@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from unlearn_fast._optional import require
 from unlearn_fast.integrations.directories import copy_other_files
-from unlearn_fast.integrations.optional import require
 
 TASKS = ("causal-lm", "classification")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}

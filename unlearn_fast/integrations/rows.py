@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unlearn_fast.integrations.optional import require
+from unlearn_fast._optional import require
 
 IGNORED = -100
 DATA_FILES = (".jsonl", ".parquet")
