@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,33 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     memory.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A model directory of transformers."""
+    from model_directories import save
+
+    return save("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """The options that name files of rows to forget and to retain."""
+    from model_directories import write_sets
+
+    return write_sets(tmp_path)
+
+
+@pytest.fixture
+def case() -> Iterator[tuple]:
+    """A model and its importances, for what must leave its parameters with the bits that they had."""
+    from importances import clones, mixed_model, of_model, same
+
+    model = mixed_model()
+    before = clones(list(model.parameters()))
+    yield model, *of_model(model)
+    assert same(list(model.parameters()), before)
 
 
 @pytest.fixture

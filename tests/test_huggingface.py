@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,22 +19,11 @@ from model_directories import (
     contents,
     save,
     write,
-    write_sets,
 )
 
 from unlearn_fast import Importance, causal_lm_losses, classification_losses, ssd_
 from unlearn_fast.cli import main
 from unlearn_fast.integrations import huggingface, pretrained
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    return write_sets(tmp_path)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save("llama", tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

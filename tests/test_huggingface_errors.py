@@ -21,22 +21,11 @@ from model_directories import (
     refused,
     save,
     write,
-    write_sets,
 )
 
 from unlearn_fast import causal_lm_losses, diagonal_fisher
 from unlearn_fast.cli import main
 from unlearn_fast.integrations import huggingface
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    return write_sets(tmp_path)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save("llama", tmp_path / "model")
 
 
 def test_importances_of_another_model_or_mode(llama, tmp_path, files, capsys):

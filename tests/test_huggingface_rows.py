@@ -1,7 +1,6 @@
 """What is read from the files of `unlearn_fast ssd`, and what is wrong with them."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,22 +19,11 @@ from model_directories import (
     save,
     tokenizers,
     write,
-    write_sets,
 )
 
 from unlearn_fast.cli import main
 from unlearn_fast.integrations import rows
 from unlearn_fast.integrations.batches import Batches
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    return write_sets(tmp_path)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save("llama", tmp_path / "model")
 
 
 def encoded(row: dict[str, Any], chat: str | None = None, **options: Any) -> tuple[str, str]:

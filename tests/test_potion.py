@@ -19,15 +19,6 @@ def values(model: nn.Module) -> list[Tensor]:
     return list(model.parameters())
 
 
-@pytest.fixture
-def case():
-    """A model, its importances; afterwards its parameters must have the bits that they had."""
-    model = mixed_model()
-    before = clones(values(model))
-    yield model, *of_model(model)
-    assert same(values(model), before)
-
-
 def ready(model: nn.Module) -> dict[str, Importance]:
     """Of 30 forgotten and 70 retained examples."""
     facts = {"batches": 1, "mode": "per_example", "fingerprint": model_fingerprint(model)}

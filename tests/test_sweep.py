@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from importances import clones, mixed_model, of_model, same
+from importances import clones, mixed_model, same
 from torch import Tensor, nn
 
 from unlearn_fast import Sweep, dampen_, sweep, trial
@@ -19,15 +19,6 @@ NAN = math.nan
 
 def values(model: nn.Module) -> list[Tensor]:
     return list(model.parameters())
-
-
-@pytest.fixture
-def case():
-    """A model, its importances; afterwards its parameters must have the bits that they had."""
-    model = mixed_model()
-    before = clones(values(model))
-    yield model, *of_model(model)
-    assert same(values(model), before)
 
 
 # trial
