@@ -11,7 +11,8 @@ namespace {
 // counts [runs]; offsets [changed]; values, the bytes of what is there now
 std::tuple<Tensor, Tensor, Tensor> dampen_record(
     std::vector<Tensor> params, std::vector<Tensor> forget, std::vector<Tensor> reference, std::vector<double> alpha) {
-  const std::vector<DampenTensor> tensors = dampen_tensors(params, forget, reference, alpha, alpha);
+  const std::vector<double>& lam = alpha;  // of no importance: no factor is computed
+  const std::vector<DampenTensor> tensors = dampen_tensors(params, forget, reference, alpha, lam);
   WorkList work;
   for (const DampenTensor& t : tensors) work.add(t.n);
   const int64_t runs = int64_t(work.runs().size());

@@ -6,7 +6,6 @@
 // Memory: a histogram of 512 KiB a thread, and below HISTOGRAM_BYTES in all for the further passes.
 #pragma once
 
-#include <map>
 #include <thread>
 
 #include "cpu/strided.h"

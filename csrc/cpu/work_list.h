@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <mutex>
 #include <vector>
 
 namespace unlearn {
@@ -40,17 +41,15 @@ class WorkList {
   void for_each(const Work& work, const Done& done) const {
     const int64_t pieces = int64_t(pieces_.size());
     std::atomic<int64_t> next{0};
-    std::atomic_flag busy = ATOMIC_FLAG_INIT;
+    std::mutex one_at_a_time;
     torch::stable::parallel_for(0, pieces, 1, [&](int64_t, int64_t) {
       State state{};
       for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
         const int64_t end = piece + 1 < pieces ? pieces_[piece + 1] : int64_t(runs_.size());
         for (int64_t run = pieces_[piece]; run < end; ++run) work(state, runs_[run], run);
       }
-      while (busy.test_and_set(std::memory_order_acquire)) {
-      }
+      const std::lock_guard<std::mutex> lock(one_at_a_time);
       done(state);
-      busy.clear(std::memory_order_release);
     });
   }
 

@@ -87,15 +87,15 @@ def dampen_(
     if len({t.device for t in tables}) > 1:  # the report gathers them, which is the only sync
         tables = [t.cpu() for t in tables]
     return DampenReport(
-        tuple(e.name for e in chosen.entries),
-        tuple(e.param.numel() for e in chosen.entries),
-        (tables[0] if len(tables) == 1 else torch.cat(tables)) if tables else torch.zeros(0, 4, dtype=torch.float64),
-        alignment.without_importance,
-        alignment.tied,
-        chosen.left_out,
-        tuple(chosen.alpha),
-        tuple(chosen.lam),
-        log,
+        names=tuple(e.name for e in chosen.entries),
+        elements=tuple(e.param.numel() for e in chosen.entries),
+        stats=torch.cat(tables) if tables else torch.zeros(0, 4, dtype=torch.float64),
+        without_importance=alignment.without_importance,
+        tied=alignment.tied,
+        left_out=chosen.left_out,
+        alpha=tuple(chosen.alpha),
+        lam=tuple(chosen.lam),
+        undo=log,
     )
 
 

@@ -43,14 +43,15 @@ class Selected:
     def _gather(self, entries: Sequence[Entry]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of every parameter in which something is selected: values and importances, with one axis."""
         gathered: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        per_run = self._counts.tolist()  # once: on a GPU every look waits for it
         run = offset = byte = 0
         for entry in entries:
             param, runs = entry.param, -(-entry.param.numel() // RUN)
-            counts = self._counts[run : run + runs]
-            run, n = run + runs, int(counts.sum())
+            counts, n = self._counts[run : run + runs], sum(per_run[run : run + runs])
+            run += runs
             if n == 0:
                 continue
-            starts = torch.arange(0, runs * RUN, RUN, device=param.device).repeat_interleave(counts)
+            starts = torch.arange(0, runs * RUN, RUN, device=param.device).repeat_interleave(counts, output_size=n)
             index = starts + self._offsets[offset : offset + n].to(torch.int64)
             end = byte + n * param.element_size()
             values = self._values[byte:end].clone().view(param.dtype)  # a copy begins where its dtype may

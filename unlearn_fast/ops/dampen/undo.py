@@ -11,7 +11,7 @@ from torch import Tensor
 from unlearn_fast._library import fake, implement
 from unlearn_fast.ops import _checks
 from unlearn_fast.ops.dampen.align import Entry
-from unlearn_fast.reference.dampen import dampen_record, dampen_undo_
+from unlearn_fast.reference.dampen import RUN, dampen_record, dampen_undo_
 
 __all__ = ["UndoLog", "undo_"]
 
@@ -144,7 +144,7 @@ def _version(param: Tensor) -> int:
 
 def _record_fake(params: list[Tensor], *_: object) -> tuple[Tensor, Tensor, Tensor]:
     device = params[0].device if params else torch.device("cpu")
-    runs = sum(-(-p.numel() // 65536) for p in params)
+    runs = sum(-(-p.numel() // RUN) for p in params)
     changed, size = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     return (
         torch.empty(runs, dtype=torch.int64, device=device),
