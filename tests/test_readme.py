@@ -83,6 +83,32 @@ def test_the_rule_of_the_docs():
     torch.testing.assert_close(ours, torch.stack(squares).mean(0))
 
 
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+
+def test_the_examples_of_dampening(tmp_path, monkeypatch):
+    """In order, in one namespace, as a reader would type them; the model is as before at the end of the last."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lm_head": nn.Linear(4, 4), "model": nn.ModuleDict({"layers": nn.ModuleList()})})
+    model["model"]["layers"].extend(Layer() for _ in range(25))
+    f, r = ({name: k * torch.rand_like(p) for name, p in model.named_parameters()} for k in (9, 1))
+    norms = {"forget": model["lm_head"].weight, "retain": model["model"]["layers"][0].mlp.weight}
+    scope = {"model": model, "f": f, "r": r, "evaluate": lambda _: {k: p.norm().item() for k, p in norms.items()}}
+    *first, last = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "dampening.md").read_text(), re.DOTALL)
+    for code in first:
+        exec(code, scope)
+    assert len(scope["curve"].alphas) == 6
+    before = [p.clone() for p in model.parameters()]
+    exec(last, scope)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert len(scope["table"].rows) == 12
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.png", "pareto.png"}
+
+
 def test_links():
     for page in (README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
