@@ -31,6 +31,15 @@ def floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}: it must be float32, float64, bfloat16 or float16")
 
 
+def dense(name: str, value: Any) -> None:
+    """`value` is a floating tensor with strides."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")
+    floating(name, value)
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: it must be a dense (strided) tensor")
+
+
 def labels_of_rows(name: str, labels: Tensor, rows_name: str, rows: Tensor) -> None:
     """`labels` is an integer tensor with the leading shape of `rows`, on its device."""
     if labels.dtype not in (int32, int64):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unlearn_fast.ops import _checks
@@ -20,11 +19,7 @@ def named(argument: str, given: Any) -> dict[str, Tensor]:
     else:
         raise TypeError(f"{argument} is a {type(given).__name__}: it must be a mapping name -> tensor, or a list")
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument}[{name!r}] is a {type(value).__name__}: it must be a tensor")
-        _checks.floating(f"{argument}[{name!r}]", value)
-        if value.layout != torch.strided:
-            raise TypeError(f"{argument}[{name!r}] has layout {value.layout}: it must be a dense (strided) tensor")
+        _checks.dense(f"{argument}[{name!r}]", value)
     return {name: value.detach() for name, value in tensors.items()}
 
 

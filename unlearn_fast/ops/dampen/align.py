@@ -122,11 +122,7 @@ def _importances(
     else:
         raise TypeError(f"{argument} is a {type(given).__name__}: it must be a mapping name -> tensor, or a list")
     for name, value in found.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument}[{name!r}] is a {type(value).__name__}: it must be a tensor")
-        _checks.floating(f"{argument}[{name!r}]", value)
-        if value.layout != torch.strided:
-            raise TypeError(f"{argument}[{name!r}] has layout {value.layout}: it must be a dense (strided) tensor")
+        _checks.dense(f"{argument}[{name!r}]", value)
         if value.shape != named[name].shape:
             raise ValueError(
                 f"{argument}[{name!r}] has shape {_checks.shape(value)}:"
@@ -136,9 +132,7 @@ def _importances(
 
 
 def _check_parameter(name: str, param: Tensor) -> None:
-    _checks.floating(f"params[{name!r}]", param)
-    if param.layout != torch.strided:
-        raise TypeError(f"params[{name!r}] has layout {param.layout}: it must be a dense (strided) tensor")
+    _checks.dense(f"params[{name!r}]", param)
     if not param.is_contiguous() and _checks.may_overlap(param.shape, param.stride()):
         raise ValueError(f"params[{name!r}] has overlapping (expanded) memory: give it memory of its own")
 
