@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_tables import markdown
+from pages import markdown
 
 from unlearn_fast import info
 from unlearn_fast.ops import resources

@@ -1,8 +1,6 @@
 """The README's examples run as they stand, and its links lead somewhere."""
 
-import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -115,12 +113,11 @@ def test_links():
             assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
 
 
-def test_the_table_of_the_gpu_is_that_of_its_record():
-    markdown = runpy.run_path(str(ROOT / "benchmarks" / "gpu_tables.py"))["markdown"]
-    record = json.loads((ROOT / "benchmarks" / "results" / "h200" / "bench.json").read_text())
-    rows = [line for line in markdown(record).splitlines() if line.startswith("|")]
-    page = (ROOT / "docs" / "gpu.md").read_text().splitlines()
-    assert len(rows) == len(record["cases"]) + 2 and all(row in page for row in rows)
+def test_figures_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pages
+
+    assert pages.differences() == []
 
 
 def test_every_public_name_has_a_docstring_and_is_exported():
