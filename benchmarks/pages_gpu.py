@@ -72,12 +72,16 @@ def in_short(record: dict[str, Any], link: str) -> str:
             groups.setdefault((case["operator"], case["variant"]), []).append(case)
     rows = []
     for group in groups.values():
-        ordered = sorted(group, key=lambda case: ours(case)["share_of_ceiling"])
+        ordered = sorted(group, key=_share)
         row = _row(ordered[0])
         if len(group) > 1:
-            row[2] += f", others up to {percent(ours(ordered[-1])['share_of_ceiling'])}"
+            row[2] += f", others up to {percent(_share(ordered[-1]))}"
         rows.append(row)
     return "\n\n".join([table(HEADER, rows), paragraph(f"{setting(record, link)} {_lacking(record)}")])
+
+
+def _share(case: dict[str, Any]) -> float:
+    return ours(case)["share_of_ceiling"] or 0.0
 
 
 def _ceilings(bench: dict[str, Any]) -> str:
