@@ -30,6 +30,19 @@ class Tile(NamedTuple):
         return f"{self.o} x {self.i} x {self.t}, {self.warps} warps, {self.stages} stages"
 
 
+class Block(NamedTuple):
+    """Elements and warps of a program that goes through memory once."""
+
+    elements: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"{self.elements} elements, {self.warps} warps"
+
+
+ADDED, SCALED = Block(512, 4), Block(4096, 8)
+
+
 @triton.jit
 def moment(gradient, ABSOLUTE: tl.constexpr):
     return tl.abs(gradient) if ABSOLUTE else gradient * gradient
@@ -109,9 +122,9 @@ def add_parts(out: Tensor, parts: Tensor, scale: float) -> None:
 @lru_cache(maxsize=4096)
 def adding(out: Layout, parts: int, part_stride: int) -> Launch:
     """The launch of `add_parts`."""
-    block = 512
-    grid = (triton.cdiv(math.prod(out.shape), block),)
-    return Launch(add_parts_kernel, grid, parts, *out.shape, part_stride, *out.strides, BLOCK=block, num_warps=4)
+    grid = (triton.cdiv(math.prod(out.shape), ADDED.elements),)
+    numbers = parts, *out.shape, part_stride, *out.strides
+    return Launch(add_parts_kernel, grid, *numbers, BLOCK=ADDED.elements, num_warps=ADDED.warps)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -128,10 +141,9 @@ def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, for contiguous x and a number on the same device, which the CPU need not know."""
-    block = 4096
     with torch.cuda.device_of(x):
-        grid = min(triton.cdiv(max(1, x.numel()), block), 8 * processors(x))
-        scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+        grid = min(triton.cdiv(max(1, x.numel()), SCALED.elements), 8 * processors(x))
+        scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=SCALED.elements, num_warps=SCALED.warps)
 
 
 @lru_cache(maxsize=4096)

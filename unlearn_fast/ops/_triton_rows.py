@@ -188,6 +188,24 @@ def weights(x, high, factor, bound, PRECISE: tl.constexpr, FINITE: tl.constexpr)
 
 
 THREADS = 1024  # that a processor holds of kernels with up to 64 registers
+SHORT = 2048  # columns of a row that one warp walks
+
+
+class Pace(NamedTuple):
+    """Vectors of a thread in a block, warps of a program where rows are not short, and stages of the load pipeline: the
+    block that is computed with, and those on their way.
+
+    Small blocks and programs, many of them a processor: on an H200, 4 warps of two vectors each read rows of 32,000 up
+    to a third faster than 8 of four did, which leave more of a row to its unfilled last block; long rows are read at
+    the speed of a copy either way.
+    """
+
+    vectors: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.vectors} vectors, {self.warps} warps, {self.stages} stages"
 
 
 class Walk(NamedTuple):
@@ -199,17 +217,12 @@ class Walk(NamedTuple):
     blocks: int  # of a part
 
 
-def walk(*rows: Tensor, vectors: int = 2) -> Walk:
-    """For tensors [B, T, V] walked together, in blocks that begin at the cache lines of the first one.
-
-    vectors: of a thread, in a block. Small blocks and programs, many of them a processor: on an H200, 4 warps of two
-    vectors each read rows of 32,000 up to a third faster than 8 of four did, which leave more of a row to its unfilled
-    last block; long rows are read at the speed of a copy either way.
-    """
+def walk(pace: Pace, *rows: Tensor) -> Walk:
+    """For tensors [B, T, V] walked together, in blocks that begin at the cache lines of the first one."""
     B, T, V = rows[0].shape
     sizes = [x.element_size() for x in rows]
-    vector = VECTOR_BYTES.value // max(sizes)
-    warps = 4 if V > 2048 else 1
+    vector, vectors = VECTOR_BYTES.value // max(sizes), pace.vectors
+    warps = pace.warps if V > SHORT else 1
     steps = triton.cdiv(max(V, 1), 32 * warps * vector * vectors)
     slots = processors(rows[0]) * THREADS // (32 * warps)
     blocks = triton.cdiv(steps, splits(B * T, steps, slots))
@@ -217,7 +230,8 @@ def walk(*rows: Tensor, vectors: int = 2) -> Walk:
     places = [strides(x) for x in rows]
     aligned = all(n % unit == 0 for place in places for n in place)  # every row starts with a whole vector
     together = all((n - m) % unit == 0 for place in places for n, m in zip(place, places[0], strict=True))
-    constants = {"LANES": 32 * warps, "VECTOR": vector, "UNROLL": vectors, "ALIGNED": aligned, "num_warps": warps}
+    block = {"LANES": 32 * warps, "VECTOR": vector, "UNROLL": vectors, "num_warps": warps}
+    constants = {**block, "ALIGNED": aligned, "STAGES": pace.stages}
     return Walk(constants, together, triton.cdiv(steps, blocks), blocks)
 
 

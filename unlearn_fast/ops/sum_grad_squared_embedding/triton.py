@@ -19,6 +19,7 @@ from torch import Tensor
 from unlearn_fast.ops._triton import finish, moment
 
 ROWS = 8  # loaded before the first of them is needed
+COLUMNS = 512  # of a program, 4 a thread
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def sum_grad_squared_embedding_(
         ordered, order = torch.sort(tokens.reshape(-1), stable=True)
         ends = torch.searchsorted(ordered, ordered, right=True)
         torch._assert_async(ordered[-1] < V)
-        block = min(512, max(32, triton.next_power_of_2(H)))
+        block = min(COLUMNS, max(32, triton.next_power_of_2(H)))
         tokens_kernel[(len(ordered), triton.cdiv(H, block))](
             out, first, ordered, order, ends, grad_outputs, weights, scale, tokens.shape[1], V, H, *out.stride(),
             *(out if first is None else first).stride(), *grad_outputs.stride(),

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unlearn_fast.ops._triton import Launch, Layout, adding, finish, layouts, moment, processors
+from unlearn_fast.ops._triton import Block, Launch, Layout, adding, finish, layouts, moment, processors
 
-ELEMENTS = 2048  # of a block: with 4 warps, 16 a thread and operand
+BLOCK = Block(elements=2048, warps=4)  # 16 a thread and operand
 FEW = 8  # blocks that one program reads in less time than a further launch takes
 
 
@@ -129,7 +129,7 @@ class Call:
             ranges = triton.cdiv(T, positions)
             self.positions = Launch(
                 positions_kernel, (columns, ranges, B), B, T, C, positions, *_strides(x), *g.strides,
-                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
+                BLOCK_T=block_t, BLOCK_C=block_c, num_warps=BLOCK.warps,
             )  # fmt: skip
             x, g, T = None, Layout((B, ranges, C), (ranges * C, C, 1), out.dtype), ranges
             block_b, block_t, block_c = blocks(g)
@@ -144,7 +144,7 @@ class Call:
         self.channels = Launch(
             channels_kernel, (columns, parts), B, T, C, examples, *places[0], *places[1], *_strides(x), *g.strides,
             0 if weights is None else weights.strides[0], ADD=parts == 1, ABSOLUTE=absolute,
-            BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
+            BLOCK_B=block_b, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=BLOCK.warps,
         )  # fmt: skip
         self.adding = [
             adding(Layout((1, 1, C), (0, 0, *v.strides), v.dtype), parts, C) for v in (out, first) if v is not None
@@ -179,11 +179,11 @@ def blocks(g: Layout) -> tuple[int, int, int]:
     B, T, C = (triton.next_power_of_2(n) for n in g.shape)
     if g.strides[1] == 1 and g.strides[2] != 1:
         block_t = min(T, 256)
-        block_c = min(C, ELEMENTS // block_t)
+        block_c = min(C, BLOCK.elements // block_t)
     else:
         block_c = min(C, 128)
-        block_t = min(T, ELEMENTS // block_c)
-    return min(B, ELEMENTS // (block_t * block_c)), block_t, block_c
+        block_t = min(T, BLOCK.elements // block_c)
+    return min(B, BLOCK.elements // (block_t * block_c)), block_t, block_c
 
 
 def _strides(x: Layout | None) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from unlearn_fast.ops._triton_rows import (
     VANISHING,
+    Pace,
     as_rows,
     at_vector,
     before_line,
@@ -46,7 +47,7 @@ from unlearn_fast.ops._triton_rows import (
     wide,
 )
 
-STAGES = 4  # of the load pipeline: the blocks that are computed with, and three of each row on their way
+PACE = Pace(vectors=2, warps=4, stages=4)  # of each of two rows
 
 
 @triton.jit
@@ -276,13 +277,13 @@ def token_kl(
     with torch.cuda.device_of(logits):
         x, t = as_rows(logits, teacher_logits)
         labels, N, V = labels.contiguous(), labels.numel(), x.shape[2]
-        way = walk(x, t, vectors=1 if softcap else 2)  # two softcaps take registers
+        way = walk(PACE._replace(vectors=1) if softcap else PACE, x, t)  # two softcaps take registers
         parts = logits.new_empty(5, N, way.parts, dtype=dtype) if way.parts > 1 else None
         settings = units(temperature, softcap)
         forward_kernel[(N, way.parts)](
             *results, parts, storage(x), storage(t), labels, x.shape[1], V, *strides(x), *strides(t), ignore_index,
             way.blocks, label_penalty / settings["factor"], **settings, PENALTY=label_penalty != 0,
-            PRECISE=x.dtype == torch.float32, TOGETHER=way.together, STAGES=STAGES, **way.constants,
+            PRECISE=x.dtype == torch.float32, TOGETHER=way.together, **way.constants,
         )  # fmt: skip
         if parts is not None:
             merge_kernel[(N,)](
@@ -323,13 +324,13 @@ def backward(
         return
     with torch.cuda.device_of(logits):
         dx, x, t = as_rows(out, logits, teacher_logits)
-        way, settings = walk(dx, x, t), units(temperature, softcap)
+        way, settings = walk(PACE, dx, x, t), units(temperature, softcap)
         backward_kernel[(labels.numel(), way.parts)](
             storage(dx), storage(x), storage(t), labels.contiguous(),
             *(s.to(scalars[1].dtype).contiguous() for s in scalars), x.shape[1], x.shape[2],
             *strides(dx), *strides(x), *strides(t), ignore_index, way.blocks,
             label_penalty / settings["factor"], **settings, PENALTY=label_penalty != 0,
-            PRECISE=x.dtype == torch.float32, TOGETHER=way.together, STAGES=STAGES, **way.constants,
+            PRECISE=x.dtype == torch.float32, TOGETHER=way.together, **way.constants,
         )  # fmt: skip
         if dx.data_ptr() != out.data_ptr():  # a layout that had to be copied
             out.copy_(dx.view(out.shape))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unlearn_fast.ops._triton_rows import (
     VANISHING,
+    Pace,
     as_rows,
     at_vector,
     before_line,
@@ -49,7 +50,7 @@ from unlearn_fast.ops._triton_rows import (
     wide,
 )
 
-STAGES = 5  # of the load pipeline: the block that is computed with, and four on their way
+PACE = Pace(vectors=2, warps=4, stages=5)
 
 
 @triton.jit
@@ -285,13 +286,13 @@ def token_logprobs(
     with torch.cuda.device_of(logits):
         (x,) = as_rows(logits)
         labels, N, V = labels.contiguous(), labels.numel(), x.shape[2]
-        way = walk(x)
+        way = walk(PACE, x)
         parts = logits.new_empty(4 if statistics else 2, N, way.parts, dtype=dtype) if way.parts > 1 else None
         places = [*results[:3], *(results[3:] if statistics else (None,) * 3), parts]
         settings = units(temperature, softcap)
         forward_kernel[(N, way.parts)](
             *places, storage(x), labels, x.shape[1], V, *strides(x), ignore_index, way.blocks, **settings,
-            PRECISE=x.dtype == torch.float32, STAGES=STAGES, **way.constants,
+            PRECISE=x.dtype == torch.float32, **way.constants,
         )  # fmt: skip
         if parts is not None:
             merge_kernel[(N,)](
@@ -336,14 +337,14 @@ def backward(
         return
     with torch.cuda.device_of(logits):
         dx, x = as_rows(out, logits)
-        way = walk(dx, x)
+        way = walk(PACE, dx, x)
         scalars = [None if g is None else g.to(saved[0].dtype).contiguous() for g in (*grads, *saved)]
         if grads[2] is None:
             scalars[-1] = None
         backward_kernel[(labels.numel(), way.parts)](
             storage(dx), storage(x), labels.contiguous(), *scalars, x.shape[1], x.shape[2], *strides(dx), *strides(x),
             ignore_index, way.blocks, **settings, PRECISE=x.dtype == torch.float32, TOGETHER=way.together,
-            STAGES=STAGES, **way.constants,
+            **way.constants,
         )  # fmt: skip
         if dx.data_ptr() != out.data_ptr():  # a layout that had to be copied
             out.copy_(dx.view(out.shape))
