@@ -25,13 +25,13 @@ def clean() -> None:
 
 
 def told_by_the_assembler(log: str) -> list[dict[str, Any]]:
-    """Rows of kernel, architecture, registers (a thread), stack, spill_stores and spill_loads (bytes a thread) and
+    """Rows of name, architecture, registers (a thread), stack, spill_stores and spill_loads (bytes a thread) and
     shared (bytes a block), from what `ptxas -v` prints.
     """
     rows: list[dict[str, Any]] = []
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '(\S+)' for 'sm_(\d+)\w*'", line):
-            rows.append({"kernel": match[1], "architecture": int(match[2])})
+            rows.append({"name": match[1], "architecture": int(match[2])})
         elif not rows:
             continue
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
@@ -39,8 +39,8 @@ def told_by_the_assembler(log: str) -> list[dict[str, Any]]:
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             rows[-1] |= {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
-    for row, name in zip(rows, _demangled([row["kernel"] for row in rows]), strict=True):
-        row["kernel"] = name
+    for row, name in zip(rows, _demangled([row["name"] for row in rows]), strict=True):
+        row["name"] = name
     return rows
 
 

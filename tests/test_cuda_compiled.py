@@ -1,22 +1,18 @@
 """The CUDA C++ kernels as they were built, for every architecture: registers and stack, without a GPU."""
 
-from pathlib import Path
-
 import pytest
 
-import unlearn_fast
 from unlearn_fast import _library
 from unlearn_fast.ops import resources
 
-LIBRARY = Path(unlearn_fast.__file__).parent / "_cuda.so"
 MOST_REGISTERS = 128  # 2 blocks of 256 threads a multiprocessor, and more where a kernel needs fewer
 
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA part is not built")
+pytestmark = pytest.mark.skipif(not resources.LIBRARY.exists(), reason="the CUDA part is not built")
 
 
 def test_no_register_is_spilled():
     try:
-        found = resources.resource_usage(LIBRARY)
+        found = resources.resource_usage(resources.LIBRARY)
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     built = {int(a) for a in _library.native.build_info()["cuda_architectures"].split() if a.isdigit()}

@@ -10,22 +10,12 @@ pytest.importorskip("triton")
 
 from unlearn_fast.ops import resources
 
-# The rest of the matrix, which the test below leaves out for its time: `python -m unlearn_fast.ops.resources`.
-MATRIX = [
-    ("bfloat16", 80),
-    ("bfloat16", 90),
-    ("bfloat16", 100),
-    ("float32, TF32", 80),
-    ("float32, TF32", 90),
-    ("float32, IEEE", 90),
-    ("float64", 90),
-]
 # Bytes a thread, in sums that are touched once an example: fewer than the blocks of its example.
 SPILLED = {"examples, 128 x 256 x 64, 8 warps, 3 stages, boxes": 192}
 
 
 @pytest.mark.parametrize("operator", resources.OPERATORS)
-@pytest.mark.parametrize(("kind", "architecture"), MATRIX)
+@pytest.mark.parametrize(("kind", "architecture"), resources.CHECKED)
 @pytest.mark.slow
 def test_no_register_is_spilled(operator, kind, architecture):
     seen = 0

@@ -186,6 +186,9 @@ def _require(modules: Mapping[str, str], command: str) -> None:
 
 
 def _progress(items: Iterable[Any], name: str, unit: str) -> Iterable[Any]:
+    """A bar in a terminal; elsewhere nothing, for which nothing is imported."""
+    if not sys.stderr.isatty():
+        return items
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=name, unit=unit, leave=False, file=sys.stderr, disable=None)  # None: only in a terminal
+    return tqdm(items, desc=name, unit=unit, leave=False, file=sys.stderr)

@@ -5,14 +5,15 @@ would compile it: the launchers run on CPU tensors, and what they would launch i
 0 means spilled registers.
 """
 
+import argparse
 import importlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 ARCHITECTURES = (80, 90, 100)
+LIBRARY = Path(__file__).parent.parent / "_cuda.so"  # the kernels in C++
 OPERATORS = {  # title -> folder
     "linear": "sum_grad_squared_linear",
     "conv": "sum_grad_squared_conv",
@@ -35,13 +37,16 @@ KINDS = {  # title -> dtype of the inputs, torch's setting for float32 products
     "float32, IEEE": (torch.float32, "ieee"),
     "float64": (torch.float64, "ieee"),
 }
-
-
-class Shipped(NamedTuple):
-    """One configuration that a launcher may choose: what to call it, and a launch."""
-
-    title: str
-    launch: Callable[[], Any]
+# What the tests check; all pairs take too long for them.
+CHECKED = (
+    ("bfloat16", 80),
+    ("bfloat16", 90),
+    ("bfloat16", 100),
+    ("float32, TF32", 80),
+    ("float32, TF32", 90),
+    ("float32, IEEE", 90),
+    ("float64", 90),
+)
 
 
 class Recorded(NamedTuple):
@@ -152,23 +157,56 @@ def _recording() -> Iterator[list[Recorded]]:
         JITFunction.run = run
 
 
+def rows(checked: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Every Triton kernel for these pairs of a kind and an architecture."""
+    for operator in OPERATORS:
+        for kind, architecture in checked:
+            for title, recorded in dict(shipped(operator, kind)).items():
+                if recorded.serves(architecture):
+                    name = f"{operator}: {title}"
+                    found = usage(compiled(recorded, architecture))
+                    yield {"name": name, "inputs": kind, "architecture": architecture, **found._asdict()}
+
+
 def table() -> Iterator[str]:
     """Markdown: registers a thread, and the stack where it is not 0; kinds of inputs with equal figures share a row."""
     yield f"| kernel | inputs | {' | '.join(f'sm_{a}' for a in ARCHITECTURES)} | shared memory |"
     yield "|" + "---|" * (3 + len(ARCHITECTURES))
-    for operator in OPERATORS:
-        rows: dict[tuple[str, str], list[str]] = {}
-        for kind in KINDS:
-            for title, recorded in dict(shipped(operator, kind)).items():
-                found = [usage(compiled(recorded, a)) if recorded.serves(a) else None for a in ARCHITECTURES]
-                cells = ["-" if u is None else f"{u.registers}" + (f", stack {u.stack}" * bool(u.stack)) for u in found]
-                figures = f"{' | '.join(cells)} | {max(u.shared for u in found if u) / 1024:.0f} KiB"
-                rows.setdefault((title, figures), []).append(kind)
-        for (title, figures), kinds in rows.items():
-            yield f"| {operator}: {title} | {'; '.join(kinds)} | {figures} |"
+    kernels: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in rows([(kind, a) for kind in KINDS for a in ARCHITECTURES]):
+        kernels.setdefault(row["name"], {}).setdefault(row["inputs"], {})[row["architecture"]] = row
+    for name, by_kind in kernels.items():
+        sharing: dict[str, list[str]] = {}
+        for kind, found in by_kind.items():
+            figures = [_cell(found.get(a)) for a in ARCHITECTURES]
+            figures.append(f"{max(row['shared'] for row in found.values()) / 1024:.0f} KiB")
+            sharing.setdefault(" | ".join(figures), []).append(kind)
+        for text, kinds in sharing.items():
+            yield f"| {name} | {'; '.join(kinds)} | {text} |"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['registers']}" + (f", stack {row['stack']}" if row["stack"] else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the rows that the tests check, and those of C++"
+    )
+    file = parser.parse_args().json
+    if file is None:
+        for line in table():
+            print(line, flush=True)
+        return
+    found = list(rows(CHECKED))
+    if LIBRARY.exists():
+        of_library = resource_usage(LIBRARY)
+        found += [{"name": name, "inputs": "", "architecture": a, **u._asdict()} for name, a, u in of_library]
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    for line in table():
-        print(line)
-        sys.stdout.flush()
+    main()
