@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("operator", ["linear", "conv", "embedding", "scale", "token_logprobs", "token_kl"])
+@pytest.mark.parametrize("operator", ["linear", "conv", "embedding", "scale", "token_logprobs", "token_kl", "traffic"])
 def test_interpreted(operator):
     command = [
         sys.executable,
