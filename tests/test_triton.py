@@ -18,7 +18,10 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("operator", ["linear", "conv", "embedding", "scale", "token_logprobs", "token_kl", "tuning"])
+INTERPRETED = ["linear", "conv", "embedding", "scale", "token_logprobs", "token_kl", "traffic", "tuning"]
+
+
+@pytest.mark.parametrize("operator", INTERPRETED)
 def test_interpreted(operator):
     command = [
         sys.executable,

@@ -1,9 +1,9 @@
 """Token log-probabilities and their gradient on GPUs.
 
 Forward, fused: softcap, temperature, running maximum and sum of exponentials and, on request, entropy, mean and whether
-the label has the largest logit. Reads the logits once, a block at a time (unlearn_fast.ops._triton_rows tells how), and
-writes a few scalars a row. The label's own term is kept out of the sum, so that log p = -log1p(sum of the others / own)
-keeps its relative precision as p -> 1.
+the label has the largest logit. Reads the logits once, a block at a time (unlearn_fast.ops._triton_rows tells how), the
+label's again at the end, and writes a few scalars a row. The label's own term is kept out of the sum, so that
+log p = -log1p(sum of the others / own) keeps its relative precision as p -> 1.
 Backward, fused: softmax from the saved maximum and log-sum, all cotangents, temperature and softcap. Reads the logits
 once and writes the gradient once; that may be the logits' own memory.
 Work: one program a row; where those are too few, a row is split over several, and the forward's sums over its parts are
