@@ -25,9 +25,9 @@ SECTIONS = {
             "kernel": "rows",
             "shape": "[8192, 32000]",
             "dtype": "bfloat16",
-            "configurations": [{"configuration": {"warps": 4}, "ms": 0.25}, {"configuration": {"warps": 8}, "ms": 0.5}],
-            "best": {"warps": 4},
-            "shipped": {"warps": 8},
+            "configurations": [{"configuration": f"{w} warps", "ms": w / 16, "failure": ""} for w in (4, 8)],
+            "best": "4 warps",
+            "shipped": "8 warps",
         }
     ],
     "floors": [{"kernel": "rows", "bytes_ms": 0.1}],
@@ -68,7 +68,7 @@ def test_a_block_without_an_end_is_an_error(pages, tmp_path, monkeypatch):
 
 def test_all_sections_of_a_gpus_record_are_told(pages):
     text = pages.markdown(SECTIONS)
-    assert "rows | [8192, 32000] | bfloat16 | 2 | warps 4: 0.25 ms | warps 8: 0.5 ms |" in text
+    assert "rows | [8192, 32000] | bfloat16 | 2 | 4 warps: 0.25 ms | 8 warps: 0.5 ms |" in text
     assert "| dampen | 90 | 40 | 0 | 1024 |" in text
     assert "| memcheck | 0 errors \\| 0 warnings |" in text
     assert "passed 7" in text and "bytes_ms" in text
