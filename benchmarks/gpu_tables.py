@@ -37,6 +37,8 @@ def _row(case: dict[str, Any]) -> str:
     if ours["ms"] is None:
         return f"| {title} | not timed: {ours['failure']} | | | |"
     time = f"{ours['ms']:.3f} ms" if ours["ms"] < 100 else f"{ours['ms']:.0f} ms"
+    if ours.get("spread") is not None:
+        time += f" ±{ours['spread']:.1%}"
     if unit["name"] != case["timings"][0]["name"] and unit["ms"]:
         time += f", {ours['ms'] / unit['ms']:.2f} of {unit['name']}"
     share = f"{ours['share_of_ceiling']:.0%}" if ours["share_of_ceiling"] else ""
