@@ -106,8 +106,12 @@ class Case:
         return self.fresh(inputs)
 
     def fresh(self, inputs: Inputs) -> Inputs:
-        """Inputs for one run. A copied input that requires grad is an activation, no longer a leaf."""
-        return {name: value.clone() if name in self.overwritten else value for name, value in inputs.items()}
+        """Inputs for one run. A copied tensor that requires grad is an activation, no longer a leaf."""
+        return {name: _copied(value) if name in self.overwritten else value for name, value in inputs.items()}
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def make_inputs(case: Case) -> Inputs:

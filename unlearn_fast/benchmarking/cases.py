@@ -9,7 +9,7 @@ from torch import Tensor
 
 import unlearn_fast
 from unlearn_fast import reference
-from unlearn_fast.benchmarking import dampening, fisher, linear, rivals, tokens
+from unlearn_fast.benchmarking import dampening, end_to_end, fisher, linear, rivals, tokens
 from unlearn_fast.benchmarking.case import (
     Case,
     Cost,
@@ -36,6 +36,7 @@ def smallest() -> list[Case]:
         sum_grad_squared_conv(2, 3, 8, size=9, kernel=3, stride=2),
         *dampening.smallest(),
         *fisher.smallest(),
+        *end_to_end.smallest(),
     ]
 
 
@@ -53,17 +54,19 @@ def full() -> list[Case]:
         sum_grad_squared_conv(32, 512, 512, size=4, kernel=3),
         *dampening.full(),
         *fisher.full(),
+        *end_to_end.full(),
     ]
 
 
 def on_gpu() -> list[Case]:
-    """The standard shapes there."""
+    """The standard shapes there, in the order of what they decide: a run may be cut off. About 3 minutes of an H200."""
     return [
         *linear.on_gpu(),
         sum_grad_squared_linear(64, 128, 1024, 4096, BFLOAT16),
         sum_grad_squared_linear(16, 1024, 4096, 4096, BFLOAT16),
-        *dampening.on_gpu(),
+        *end_to_end.on_gpu(),
         *fisher.on_gpu(),
+        *dampening.on_gpu(),
         *tokens.on_gpu(),
         sum_grad_squared_linear(32, 197, 768, 3072),
         sum_grad_squared_embedding(16, 1024, 2048, 128_256, BFLOAT16),

@@ -26,6 +26,7 @@ from unlearn_fast.benchmarking.case import (
 )
 from unlearn_fast.benchmarking.fisher_rivals import Losses
 from unlearn_fast.benchmarking.gpt import GPT, next_token_losses
+from unlearn_fast.benchmarking.llama import Llama
 
 # Of a parameter's importance, in norm: rounding is below it, and every mistake seen is far above.
 TOLERANCE = 1e-5
@@ -71,7 +72,7 @@ def _vit(image: int, patch: int, width: int, layers: int, heads: int, classes: i
     return Model(name, build, partial(_images, image, classes), unlearn_fast.classification_losses, chunk)
 
 
-def _resnet18(width: int, image: int) -> Model:
+def resnet18(width: int, image: int) -> Model:
     name = f"ResNet-18 {image}x{image}" + (f", width {width}" if width != 64 else "")
     build = partial(models.resnet18, width, image)
     return Model(name, build, partial(_images, image, 10), unlearn_fast.classification_losses, 1)
@@ -83,13 +84,28 @@ def _gpt(vocabulary: int, width: int, layers: int, T: int, chunk: int = 1) -> Mo
     return Model(name, build, lambda B, g: integers(g, vocabulary, B, T), next_token_losses, chunk)
 
 
-SMALLEST = (_mlp(12, 16, 16, 4), _vit(8, 4, 16, 1, 2), _gpt(50, 16, 1, 8), _resnet18(4, 8))
+def llama(vocabulary: int, width: int, layers: int, heads: int, kv_heads: int, inner: int, T: int) -> Model:
+    """Random tokens: of a loss on them, and of its gradients, every number costs what it costs on text."""
+    name = f"Llama d {width}, {layers} layers, V {vocabulary}, T {T}"
+    build = partial(Llama, vocabulary, width, layers, heads, kv_heads, inner)
+    return Model(name, build, lambda B, g: integers(g, vocabulary, B, T), next_token_losses, chunk=2)
+
+
+LLAMA_1B = partial(llama, 128_256, 2048, 16, 32, 8, 8192)  # of T: the shape of Llama 3.2 1B, 1,235,814,400 parameters
+SMALLEST = (
+    _mlp(12, 16, 16, 4),
+    _vit(8, 4, 16, 1, 2),
+    _gpt(50, 16, 1, 8),
+    resnet18(4, 8),
+    llama(50, 16, 1, 4, 2, 24, T=8),
+)
 MLP = _mlp(784, 1024, 1024, 10, chunk=4)
 VIT_32 = _vit(32, 4, 192, 6, 3, chunk=4)
 VIT_224 = _vit(224, 16, 192, 12, 3, classes=1000, chunk=4)  # ViT-Ti/16
 VIT_B = _vit(224, 16, 768, 12, 12, classes=1000, chunk=16)  # ViT-B/16
 GPT_512 = _gpt(8192, 512, 6, 128, chunk=4)
-RESNET_18 = _resnet18(64, 32)
+LLAMA_256 = llama(8192, 256, 2, 4, 2, 1024, T=128)
+RESNET_18 = resnet18(64, 32)
 
 
 def smallest() -> list[Case]:
@@ -102,15 +118,23 @@ def full() -> list[Case]:
         case(VIT_32, B=16, batches=8),
         case(VIT_224, B=8, batches=4),
         case(GPT_512, B=8, batches=2),
+        case(LLAMA_256, B=8, batches=2),
         case(RESNET_18, B=32, batches=4),
     ]
 
 
 def on_gpu() -> list[Case]:
-    """Without the loop over single examples, which takes minutes there. Small 16-bit batches wait for the host."""
+    """ViTs without the loop over single examples, which takes minutes there. Small 16-bit batches wait for the host.
+
+    Estimated for an H200: the 1B model takes half a minute. Of it, float64 is 1e14 operations and a few seconds; some
+    60 runs of 0.05 to 0.3 s follow. Its float64 model, gradients and importances, 10 GB each, make a peak of 75 GB.
+    """
     kinds = ((128, torch.bfloat16), (32, torch.float32), (32, torch.bfloat16))
-    cases = [case(VIT_B, B=B, batches=2, dtype=dtype, device="cuda") for B, dtype in kinds]
-    return [replace(c, rivals={n: run for n, run in c.rivals.items() if n != LOOP}) for c in cases]
+    vits = [case(VIT_B, B=B, batches=2, dtype=dtype, device="cuda") for B, dtype in kinds]
+    return [
+        case(LLAMA_1B(T=512), B=4, batches=2, dtype=torch.bfloat16, device="cuda"),
+        *(replace(c, rivals={n: run for n, run in c.rivals.items() if n != LOOP}) for c in vits),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +164,10 @@ class FisherCase(Case):
         return {**inputs, "batches": [next(fisher_rivals.split(inputs["batches"][0], 2))]}
 
     def counted(self) -> Cost:
-        return self.cost._replace(flops=_ordinary_flops(self.model, self.B))
+        return self.cost._replace(flops=ordinary_flops(self.model, self.B))
 
     def facts(self) -> dict[str, Any]:
-        parameters = sum(p.numel() for p in _on_meta(self.model).parameters())
+        parameters = sum(p.numel() for p in on_meta(self.model).parameters())
         return {
             "tolerance": self.tolerance(),
             "batch_size": self.B,
@@ -159,7 +183,7 @@ class FisherCase(Case):
 
     def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
         """Every parameter's importance must be right; another library may give those of some parameters only."""
-        model = _on_meta(self.model)
+        model = on_meta(self.model)
         sizes = [p.numel() for p in model.parameters()]
         if len(results) != len(sizes):
             return Verdict(float("inf"), f"gives {len(results)} results for {len(sizes)} parameters")
@@ -212,15 +236,25 @@ def case(model: Model, *, B: int, batches: int, dtype: torch.dtype = torch.float
 
 
 def _inputs(model: Model, B: int, batches: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    with torch.random.fork_rng(devices=[]):
+    return {"model": built(model, dtype, generator), "batches": drawn(model, B, batches, dtype, generator)}
+
+
+def built(model: Model, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+    """On the generator's device, and by its random numbers: a CPU's would take half a minute for 1e9 parameters."""
+    device = generator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(generator.initial_seed())
-        built = model.build().to(generator.device, dtype)
+        return model.build().to(device, dtype)
+
+
+def drawn(model: Model, B: int, batches: int, dtype: torch.dtype, generator: torch.Generator) -> list[Any]:
+    """So many batches of B examples, images in the model's dtype."""
 
     def batch() -> Any:
         made = model.batch(B, generator)
         return tuple(x.to(dtype) if x.is_floating_point() else x for x in made) if isinstance(made, tuple) else made
 
-    return {"model": built, "batches": [batch() for _ in range(batches)]}
+    return [batch() for _ in range(batches)]
 
 
 def _run(function: Callable[..., Results], losses: Losses) -> Run:
@@ -248,18 +282,19 @@ def _largest(results: Results, exact: Results) -> float:
 
 
 @cache
-def _on_meta(model: Model) -> nn.Module:
+def on_meta(model: Model) -> nn.Module:
     """The model without memory."""
     with torch.device("meta"):
         return model.build()
 
 
 @cache
-def _ordinary_flops(model: Model, B: int) -> int:
+def ordinary_flops(model: Model, B: int) -> int:
+    """Of the matrix products of one ordinary forward and backward of B examples."""
     batch = model.batch(B, torch.Generator())
     batch = batch.to("meta") if isinstance(batch, Tensor) else tuple(tensor.to("meta") for tensor in batch)
     with FlopCounterMode(display=False) as counter:
-        fisher_rivals.ordinary_gradients(_on_meta(model), [batch], model.losses)
+        fisher_rivals.ordinary_gradients(on_meta(model), [batch], model.losses)
     return counter.get_total_flops()
 
 

@@ -17,7 +17,7 @@ def table(outcome: Outcome) -> list[str]:
     facts, ordinary = case.facts(), outcome.baseline.median
     small, large = facts["weighed_batch_sizes"]
     memory = f"MiB, B {small}", f"B {large}", "beyond", "beyond"
-    header = "", " time", f"{'ms a batch':>10}", "error", "missing", *memory
+    header = "", " time", f"{'ms a batch':>10}", "  ±", "error", "missing", *memory
     size = f"{facts['parameters']:,} parameters, importance {_mib(facts['importance_bytes'])} MiB"
     size += f", error at most {facts['tolerance']:.0e}"
     lines = [f"{case.name}  ({size})"]
@@ -36,6 +36,11 @@ def beyond(outcome: Outcome, timing: Timing) -> list[int | None]:
     return [own - base if own is not None and base is not None else None for own, base in pairs]
 
 
+def plus_minus(timing: Timing) -> str:
+    """The spread of its rounds."""
+    return f"±{timing.spread:.1%}" if timing.spread is not None else ""
+
+
 def _row(outcome: Outcome, timing: Timing) -> tuple[str, ...]:
     ratio = outcome.over_baseline(timing)
     peaks = [_mib(peak) for peak in timing.peaks] or ["", ""]
@@ -44,6 +49,7 @@ def _row(outcome: Outcome, timing: Timing) -> tuple[str, ...]:
         timing.name,
         f"{ratio:5.2f}" if ratio else "    -",
         f"{timing.median * 1e3:10.1f}" if timing.median else "not timed",
+        plus_minus(timing),
         f"{timing.error:.1e}" if timing.error is not None else "",
         f"{timing.missing:7.2%}" if timing.missing else "",
         *peaks,

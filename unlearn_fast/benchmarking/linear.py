@@ -70,7 +70,7 @@ class LossCase(Case):
     result_bytes: int = 0  # of the gradients, which every implementation gives
 
     def verdict(self, entrant: Entrant, results: Results, exact: Results) -> Verdict:
-        wrong_by = max(_error_in_norm(*pair) for pair in zip(results, exact, strict=True))
+        wrong_by = max(error_in_norm(*pair) for pair in zip(results, exact, strict=True))
         allowed = TOLERANCE[self.dtype]
         return Verdict(wrong_by, "" if wrong_by <= allowed else f"wrong by {wrong_by:.1e}, allowed is {allowed:.0e}")
 
@@ -83,7 +83,7 @@ class LossCase(Case):
         return [f"memory beyond the gradients (and over that of all logits): {', '.join(told)}"] if beyond else []
 
 
-def _error_in_norm(result: Tensor | None, exact: Tensor | None) -> float:
+def error_in_norm(result: Tensor | None, exact: Tensor | None) -> float:
     if result is None or exact is None or result.shape != exact.shape:
         return float("inf")
     error = (result.detach().double() - exact.detach().double()).norm() / exact.detach().double().norm()

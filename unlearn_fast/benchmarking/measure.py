@@ -3,14 +3,17 @@
 import gc
 import statistics
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 
 from unlearn_fast.benchmarking import cases
 from unlearn_fast.benchmarking import clock as clocks
-from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Run, make_inputs
+from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Results, Run, make_inputs
 from unlearn_fast.benchmarking.clock import Clock
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
@@ -37,9 +40,21 @@ class Timing:
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
+    def spread(self) -> float | None:
+        """The rounds' interquartile range over their median; None for a single round."""
+        return spread(self.seconds)
+
+    @property
     def peak_bytes(self) -> int | None:
         """Memory beyond the inputs; None where the system does not tell."""
         return self.peaks[0] if self.peaks else None
+
+
+def spread(seconds: Sequence[float]) -> float | None:
+    if len(seconds) < 2:
+        return None
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / median
 
 
 @dataclass
@@ -50,6 +65,7 @@ class Outcome:
     timings: list[Timing]  # ours first
     ceiling: float  # seconds that a copy, or a matrix product, of the case's cost takes here
     rate: float  # of that copy or product: bytes or FLOPs a second
+    rate_spread: float | None = None  # of its rounds, as `Timing.spread`
 
     @property
     def failed(self) -> bool:
@@ -81,41 +97,62 @@ def _ratio(timing: Timing, unit: Timing) -> float | None:
 def measure(case: Case, *, cold: bool = True) -> Outcome:
     """Checks, times and weighs every implementation of a case; with `cold`, the caches are emptied before each run."""
     torch.compiler.reset()  # each case has its own shapes, and torch compiles a function for a few of them only
-    inputs, truths = make_inputs(case), cache(lambda exact: exact(case.fresh(inputs)))
+    _release()
+    inputs = make_inputs(case)
     timings: dict[str, Timing] = {}
     right: dict[str, Entrant] = {}
-    for entrant in case.entrants():
-        timing = timings[entrant.name] = Timing(entrant.name, entrant.kind)
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                results = entrant.run(case.fresh(inputs))
-            told = entrant.kind == "ours" and not entrant.less
-            timing.note = "; ".join(str(w.message) for w in caught) if told else ""
-            verdict = case.verdict(entrant, results, truths(entrant.exact))
-            del results
-        except Exception as failure:  # a rival that cannot run here (no compiler, say) is part of the outcome
-            timing.failure = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
-            continue
-        timing.error, timing.failure, timing.missing = verdict.error, verdict.failure, verdict.missing
-        timing.note = timing.note or verdict.note
-        timing.wrong = bool(verdict.failure)
-        if not timing.wrong:
-            right[entrant.name] = entrant
-    truths.cache_clear()
+    for exact, group in groupby(case.entrants(), key=attrgetter("exact")):  # so that one truth is in memory at a time
+        truth = cache(partial(_truth, case, exact, inputs))
+        for entrant in group:
+            timing = timings[entrant.name] = _checked(case, entrant, inputs, truth)
+            if not timing.failure:
+                right[entrant.name] = entrant
+        del truth
+    _release()
     clock = clocks.of(case)
     work, ceiling = clock.ceiling(case.counted(), case.dtype)
     runs = {name: (entrant.run, clock.patience * BUDGET[entrant.kind]) for name, entrant in right.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the check has heard them
         seconds = _take_turns(case, inputs, runs | {"ceiling": (ceiling, BUDGET["ours"])}, clock, cold)
+    del inputs  # a case is weighed with inputs of its own
     for name, entrant in right.items():
         less = seconds.get(entrant.less, [0.0] * ROUNDS)
         timings[name].seconds = [(own - other) / entrant.units for own, other in zip(seconds[name], less, strict=False)]
         if not entrant.less:
             timings[name].peaks = [clock.peak_bytes(weighed, name, cases.find) for weighed in case.weighed()]
     rate, cost = work / statistics.median(seconds["ceiling"]), case.counted()
-    return Outcome(case, list(timings.values()), (cost.flops or cost.bytes) / rate, rate)
+    return Outcome(case, list(timings.values()), (cost.flops or cost.bytes) / rate, rate, spread(seconds["ceiling"]))
+
+
+def _truth(case: Case, exact: Run, inputs: Inputs) -> Results:
+    return exact(case.fresh(inputs))
+
+
+def _checked(case: Case, entrant: Entrant, inputs: Inputs, truth: Callable[[], Results]) -> Timing:
+    """What one run tells of an implementation, before it is timed."""
+    timing = Timing(entrant.name, entrant.kind)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results = entrant.run(case.fresh(inputs))
+        told = entrant.kind == "ours" and not entrant.less
+        timing.note = "; ".join(str(w.message) for w in caught) if told else ""
+        verdict = case.verdict(entrant, results, truth())
+    except Exception as failure:  # a rival that cannot run here (no compiler, say) is part of the outcome
+        timing.failure = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+        return timing
+    timing.error, timing.failure, timing.missing = verdict.error, verdict.failure, verdict.missing
+    timing.note = timing.note or verdict.note
+    timing.wrong = bool(verdict.failure)
+    return timing
+
+
+def _release() -> None:
+    """Gives back what cycles hold, and the GPU's memory that no tensor has: the next may need nearly all of it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _take_turns(

@@ -11,6 +11,8 @@ from unlearn_fast.benchmarking.clock import Cpu, Cuda, last_level_cache_bytes
 from unlearn_fast.benchmarking.fisher import FisherCase
 from unlearn_fast.benchmarking.measure import Outcome, Timing
 
+WITH_HOST = "diagonal_fisher, ssd_ and flat_training_step"
+
 
 def explained(cases: list[Case]) -> str:
     """How to read what `text` tells of these cases."""
@@ -19,8 +21,9 @@ def explained(cases: list[Case]) -> str:
     lines = [
         f"median of {measure.ROUNDS} rounds, fewer for rivals that take over {measure.BUDGET['rival']:.0f} s; {place}"
     ]
+    lines.append("±: the rounds' interquartile range over their median")
     if on_gpu:
-        lines.append("time of the GPU, whose launches are queued ahead; of diagonal_fisher, with the host's")
+        lines.append(f"time of the GPU, whose launches are queued ahead; of {WITH_HOST}, with the host's")
     if not all(isinstance(case, FisherCase) for case in cases):
         lines += [
             "ratio: time over ours; extra memory: peak beyond the inputs;",
@@ -39,7 +42,7 @@ def text(outcome: Outcome) -> str:
     unit = "GFLOP/s" if outcome.case.counted().flops else "GB/s"
     title = f"{outcome.case.name}  (ceiling {outcome.ceiling * 1e3:.3g} ms at {outcome.rate / 1e9:.3g} {unit})"
     rows = [_row(outcome, timing) for timing in outcome.timings]
-    table = info.table(("", f"{'ms':>9}", "ratio", "extra memory", "ceiling"), rows)
+    table = info.table(("", f"{'ms':>9}", "  ±", "ratio", "extra memory", "ceiling"), rows)
     peaks = {t.name: t.peak_bytes for t in outcome.timings if t.peak_bytes is not None and t.kind != "yardstick"}
     return "\n  ".join([title, *table, *outcome.case.remarks(peaks)])
 
@@ -47,11 +50,12 @@ def text(outcome: Outcome) -> str:
 def _row(outcome: Outcome, timing: Timing) -> tuple[str, ...]:
     name = timing.name + (" (other work)" if timing.kind == "yardstick" else "")
     if timing.median is None:
-        return name, "not timed:", timing.failure, "", ""
+        return name, "not timed:", timing.failure, "", "", ""
     ratio, share, peak = outcome.ratio(timing), outcome.share(timing), timing.peak_bytes
     return (
         name,
         f"{timing.median * 1e3:9.3f}",
+        fisher_report.plus_minus(timing),
         f"{ratio:5.2f}" if ratio else "",
         f"{peak / 2**20:8.1f} MiB" if peak is not None else "unknown",
         f"{share:7.1%}" if share else "",
@@ -80,8 +84,9 @@ def as_json(outcomes: list[Outcome], command: str) -> dict[str, Any]:
             f" {Cpu.GEMM} in float32 on a CPU, of {Cuda.GEMM} in the case's dtype on a GPU",
             "peak_bytes": "memory at its highest less that before the run: resident, in a process of its own, on a CPU;"
             " allocated through torch on a GPU",
+            "spread": "interquartile range of the rounds over their median",
             "gpu_time": "between events around the run, whose launches wait in the queue until all are there; of"
-            " diagonal_fisher, the host's time until the GPU is done",
+            f" {WITH_HOST}, the host's time until the GPU is done",
         },
         "ceilings": {name: max(values) for name, values in rates.items()},
         "cases": [_case_as_json(outcome) for outcome in outcomes],
@@ -100,11 +105,14 @@ def _case_as_json(outcome: Outcome) -> dict[str, Any]:
         "baseline": outcome.baseline.name,
         **case.facts(),
         "ceiling_ms": outcome.ceiling * 1e3,
+        "ceiling_per_second": outcome.rate,  # bytes copied, or FLOPs of a product, in turn with these timings
+        "ceiling_spread": outcome.rate_spread,
         "timings": [
             {
                 "name": timing.name,
                 "kind": timing.kind,
                 "ms": timing.median and timing.median * 1e3,
+                "spread": timing.spread,
                 "ratio": outcome.ratio(timing),
                 "over_baseline": outcome.over_baseline(timing),
                 "share_of_ceiling": outcome.share(timing),

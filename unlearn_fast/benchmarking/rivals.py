@@ -136,11 +136,11 @@ def released_flat_loss(
     forget_labels: Tensor,  # [B, T']
 ) -> Tensor:  # []
     """The released FLAT code's order of operations: sequence by sequence, the softmax of all positions, then a mask."""
-    template = _mean_probability(template_logits[:, :-1], template_labels[:, 1:])
-    return _mean_probability(forget_logits[:, :-1], forget_labels[:, 1:]).tanh() / 2 - template.tanh() / 2
+    template = mean_probability(template_logits[:, :-1], template_labels[:, 1:])
+    return mean_probability(forget_logits[:, :-1], forget_labels[:, 1:]).tanh() / 2 - template.tanh() / 2
 
 
-def _mean_probability(logits: Tensor, labels: Tensor) -> Tensor:  # [B, T, V], [B, T] -> []
+def mean_probability(logits: Tensor, labels: Tensor) -> Tensor:  # [B, T, V], [B, T] -> []
     means = []
     for row, label in zip(logits, labels, strict=True):
         labelled = label != -100
