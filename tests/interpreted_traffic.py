@@ -17,6 +17,8 @@ from unlearn_fast.ops import traffic
 from unlearn_fast.ops._triton import default_tile
 from unlearn_fast.ops._triton_rows import as_rows, walk
 from unlearn_fast.ops.sum_grad_squared_conv.triton import TILES
+from unlearn_fast.ops.token_kl import triton as token_kl
+from unlearn_fast.ops.token_logprobs import triton as token_logprobs
 
 CASES = {f"{case.operator} {case.title}": case for case in traffic.cases()}
 counted = functools.cache(lambda name: CASES[name].run())
@@ -104,7 +106,10 @@ def way_of(case: traffic.Case) -> tuple[int, int, int, int]:
     """Parts, blocks, lanes and places of a block, for one row."""
     x, teacher = case.tensors["logits"], case.tensors["teacher"]
     tensors = [x, *([x] if "backward" in case.operator else []), *([teacher] if "kl" in case.operator else [])]
-    way = walk(*as_rows(*tensors), vectors=1 if case.operator == "token_kl" and case.sizes["c"] == 2 else 2)
+    pace = token_kl.PACE if "kl" in case.operator else token_logprobs.PACE
+    if case.operator == "token_kl" and case.sizes["c"] == 2:
+        pace = pace._replace(vectors=1)
+    way = walk(pace, *as_rows(*tensors))
     n = way.constants
     block = n["LANES"] * n["VECTOR"] * n["UNROLL"]
     return way.parts, math.ceil(x.shape[-1] / block), n["LANES"], block
