@@ -202,7 +202,7 @@ def test_infinite_importances_have_the_floor_too():
         ({"floor": 0.5, "cap": 0.25}, ValueError, "floor is 0.5 and cap 0.25: floor must not be above cap"),
         ({"floor": INF, "cap": INF}, ValueError, "floor is inf: it must be finite in float32"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors_before_the_first_write(settings, error, message):
     params, f, r = ratios_of_four(["b", "l.1.x"])
@@ -227,7 +227,7 @@ def test_a_function_that_fails_changes_nothing():
 @pytest.mark.parametrize(
     "settings",
     [{"alpha": {"other": 1.0}}, {"lam": {"0": 1.0, "other": 1.0}}, {"alpha": lambda n: -1}, {"undo": 1}],
-    ids=str,
+    ids=["alpha of another", "lam of another", "alpha of a function", "undo"],
 )
 def test_ssd_and_its_settings_before_anything_is_measured(settings):
     def losses(model: nn.Module, batch: Tensor) -> Tensor:

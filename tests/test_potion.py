@@ -145,7 +145,7 @@ def test_the_model_is_as_before_when_the_score_fails(case, error):
         ({"forget": []}, TypeError, "losses is missing: it must be given where forget is batches"),
         ({"forget_score": lambda m: None}, TypeError, "forget_score returned None: it must be a number"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors_of_potion(case, change, error, message):
     model, _, _ = case
