@@ -39,8 +39,8 @@ venv: $(BUILT)
 demo: $(BUILT)
 	$(RUN) -m unlearn_fast demo
 
-test: $(BUILT) # two at a time, where pytest-xdist is installed
-	$(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n 2 --dist worksteal')" 2>/dev/null)
+test: $(BUILT)
+	$(RUN) -m pytest
 
 check: .venv/.installed
 	.venv/bin/ruff check .

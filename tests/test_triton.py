@@ -3,8 +3,11 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,23 +21,27 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
 
-INTERPRETED = ["linear", "conv", "embedding", "scale", "token_logprobs", "token_kl", "traffic", "tuning"]
+INTERPRETED = ["token_kl", "token_logprobs", "tuning", "linear", "conv", "scale", "traffic", "embedding"]
+
+
+@pytest.fixture(scope="module")
+def processes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future]]:
+    """Those that are asked for, two at a time: the interpreter uses one core."""
+    asked = {item.callspec.params["operator"] for item in request.session.items if "processes" in item.fixturenames}
+    with ThreadPoolExecutor(2) as pool:
+        yield {operator: pool.submit(interpret, operator) for operator in INTERPRETED if operator in asked}
+
+
+def interpret(operator: str) -> subprocess.CompletedProcess:
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, TESTS / f"interpreted_{operator}.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("operator", INTERPRETED)
-def test_interpreted(operator):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        TESTS / f"interpreted_{operator}.py",
-    ]
-    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=600)
+def test_interpreted(operator, processes):
+    done = processes[operator].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
