@@ -17,6 +17,13 @@ def test_names_are_unique() -> None:
     assert [cases.find(name).name for name in names] == names
 
 
+def test_every_operator_of_a_gpu_can_be_chosen() -> None:
+    chosen = cases.on("cuda")
+    assert len({case.name for case in chosen}) == len(chosen)
+    assert {case.operator for case in chosen} <= set(cases.operators())
+    assert all(case.device == "cuda" for case in chosen)
+
+
 def test_memory_is_that_of_the_same_implementations() -> None:
     for case in cases.full():
         for weighed in case.weighed():
@@ -66,6 +73,13 @@ def test_a_wrong_result_and_a_failure_are_not_timed() -> None:
     assert timings["raises"].failure.startswith("KeyError") and timings["raises"].median is None
     assert timings["ours"].median and outcome.ratio(timings["ours"]) == 1
     assert outcome.failed
+
+
+def test_spread_is_that_of_the_middle_half() -> None:
+    seconds = [4.0, 1.0, 3.0, 2.0, 100.0]
+    assert measure.spread(seconds) == (4 - 2) / 3
+    assert measure.spread([1.0, 1.0]) == 0
+    assert measure.spread([1.0]) is None and measure.Timing("", "ours").spread is None
 
 
 def test_ceiling_scales_with_the_cost() -> None:

@@ -54,8 +54,9 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["verify"])
     out = capsys.readouterr().out
     assert status == 0, out
+    of_several = {"diagonal_fisher", "sweep", "undo_", "ssd_", "flat_training_step"}
     for operator in cases.operators():
-        assert operator in out or operator in ("diagonal_fisher", "sweep", "undo_")  # made of several
+        assert operator in out or operator in of_several
     assert "FAIL" not in out
 
 
@@ -112,9 +113,11 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for case, found in zip(expected, result["cases"], strict=True):
         assert case.name in out
         assert [t["name"] for t in found["timings"]] == [entrant.name for entrant in case.entrants()]
+        assert found["ceiling_per_second"] > 0 and found["ceiling_spread"] >= 0
         for timing in found["timings"]:
             assert timing["failure"] == ""
             assert timing["ms"] > 0 and len(timing["rounds_ms"]) >= 9
+            assert f"±{timing['spread']:.1%}" in out
             assert timing["ratio"] == pytest.approx(timing["ms"] / found["timings"][0]["ms"])
             assert timing["peak_bytes"] is not None or sys.platform != "linux"
     assert picture.read_bytes().startswith(b"\x89PNG")

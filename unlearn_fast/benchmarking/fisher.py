@@ -23,6 +23,7 @@ from unlearn_fast.benchmarking.case import (
     integers,
     make_inputs,
     normal,
+    release,
 )
 from unlearn_fast.benchmarking.fisher_rivals import Losses
 from unlearn_fast.benchmarking.gpt import GPT, next_token_losses
@@ -198,6 +199,7 @@ class FisherCase(Case):
             failure = "incomplete"
         note = f"without {_listed(model, missing)}" if missing else ""
         if entrant.name == FIRST and self.tolerance() > TOLERANCE and not failure:
+            release()
             exactly = _largest(in_float64(self.ours)(make_inputs(self)), exact)
             note = f"{exactly:.0e} in float64"
             note += ", where no ReLU is rounded across zero" if self.dtype == torch.float32 else ""

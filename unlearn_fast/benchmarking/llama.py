@@ -61,9 +61,9 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, inner: int) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(width), RMSNorm(width)
         self.self_attn = Attention(width, heads, kv_heads)
         self.mlp = SwiGLU(width, inner)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(width), RMSNorm(width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
@@ -71,7 +71,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The names of parameters are transformers', without their `model.`."""
+    """Parameters have transformers' names, less `model.`, and order."""
 
     def __init__(self, vocabulary: int, width: int, layers: int, heads: int, kv_heads: int, inner: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import torch
 
 from unlearn_fast.benchmarking import cases
 from unlearn_fast.benchmarking import clock as clocks
-from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Results, Run, make_inputs
+from unlearn_fast.benchmarking.case import Case, Entrant, Inputs, Results, Run, make_inputs, release
 from unlearn_fast.benchmarking.clock import Clock
 
 ROUNDS, WARM_UP = 9, 1  # the check has run and compiled each implementation once already
@@ -97,7 +97,7 @@ def _ratio(timing: Timing, unit: Timing) -> float | None:
 def measure(case: Case, *, cold: bool = True) -> Outcome:
     """Checks, times and weighs every implementation of a case; with `cold`, the caches are emptied before each run."""
     torch.compiler.reset()  # each case has its own shapes, and torch compiles a function for a few of them only
-    _release()
+    release()
     inputs = make_inputs(case)
     timings: dict[str, Timing] = {}
     right: dict[str, Entrant] = {}
@@ -108,7 +108,7 @@ def measure(case: Case, *, cold: bool = True) -> Outcome:
             if not timing.failure:
                 right[entrant.name] = entrant
         del truth
-    _release()
+    release()
     clock = clocks.of(case)
     work, ceiling = clock.ceiling(case.counted(), case.dtype)
     runs = {name: (entrant.run, clock.patience * BUDGET[entrant.kind]) for name, entrant in right.items()}
@@ -146,13 +146,6 @@ def _checked(case: Case, entrant: Entrant, inputs: Inputs, truth: Callable[[], R
     timing.note = timing.note or verdict.note
     timing.wrong = bool(verdict.failure)
     return timing
-
-
-def _release() -> None:
-    """Gives back what cycles hold, and the GPU's memory that no tensor has: the next may need nearly all of it."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _take_turns(
