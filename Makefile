@@ -28,7 +28,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 help:
 	@echo "make demo       watch a vision model and a language model forget (about 3 minutes)"
-	@echo "make test       run every test (at most 12 minutes on 2 cores)"
+	@echo "make test       run every test (10 to 13 minutes on 2 cores)"
 	@echo "make check      ruff, clang-format, mypy"
 	@echo "make bench      time every operator against its rivals"
 	@echo "make gpu-check  on a GPU: build, tests, benchmarks, sanitizer, into OUT=folder (default: out/gpu), in 9 minutes"
