@@ -181,7 +181,12 @@ def main(arguments: list[str] | None = None) -> int:
         check.add("tests", lambda step: check.tests(step, WITHOUT_GPU, check.left()))
         check.add("resources", check.ahead_of_time)
         check.add("floors", check.floors)
-    return 1 if any(step.status == "failed" for step in check.steps) else 0
+    return 1 if any(step.status == "failed" or unfinished(step) for step in check.steps) else 0
+
+
+def unfinished(step: Step) -> bool:
+    """Whether it was stopped, and should not have been: benchmarks, sweeps and sanitizers take what time there is."""
+    return step.name in ("build", "environment", "tests") and step.status != "passed"
 
 
 def on_gpu(check: Check, prebuilt: bool) -> None:

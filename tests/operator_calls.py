@@ -15,10 +15,11 @@ SYNCHRONIZING = {  # they return as many elements as they find, or numbers to th
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     """Operator -> arguments, on the CPU, with what is read in this dtype."""
-    return _of_sums(dtype) | _of_rows(dtype) | _of_dampening(dtype)
+    return of_sums(dtype) | _of_rows(dtype) | _of_dampening(dtype)
 
 
-def _of_sums(dtype: torch.dtype) -> dict[str, tuple]:
+def of_sums(dtype: torch.dtype) -> dict[str, tuple]:
+    """Out, what it reads, weights, first, and settings."""
     wide = torch.promote_types(dtype, torch.float32)
     weights, tail = randn(6, dtype=wide), (0.5, False)
 

@@ -128,6 +128,8 @@ def test_a_part_that_takes_too_long_is_stopped_and_told(gpu_check, tmp_path):
     text = check.run(step, ["sh", "-c", "echo begun; exec sleep 60"], "tests.txt", 0.5)
     assert step.status == "stopped after 0 s" and text == "begun\n"
     assert "begun" in (tmp_path / "tests.txt").read_text()
+    assert gpu_check.unfinished(gpu_check.Step("tests", step.status))
+    assert not gpu_check.unfinished(gpu_check.Step("benchmarks", step.status))
 
 
 def test_failing_tests_are_named(gpu_check, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""The Triton kernels on a GPU: the same bits twice, CUDA graphs, devices, and tiles that are measured."""
+"""The Triton kernels of sums on a GPU: accuracy, the same bits twice, and tiles that are measured."""
 
 import pytest
 import torch
+from operator_calls import of_sums, randn
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -9,30 +10,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def calls(dtype: torch.dtype) -> dict[str, tuple]:
-    """Operator -> arguments: out, what it reads, and settings; on the CPU."""
-    wide = torch.promote_types(dtype, torch.float32)
-    weights, tail = randn(6, dtype=wide), (0.5, False)
-
-    def arguments(shape: tuple[int, ...], *read: object) -> tuple:
-        return torch.zeros(shape, dtype=wide), *read, weights, torch.zeros(shape, dtype=wide), *tail
-
-    a, g = randn(6, 70, 130, dtype=dtype), randn(6, 70, 65, dtype=dtype)
-    x, y = randn(6, 1, 24, 9, 8, dtype=dtype), randn(6, 1, 40, 9, 8, dtype=dtype)
-    tokens = torch.randint(-1, 50, (6, 70), generator=torch.Generator().manual_seed(0))
-    return {
-        "sum_grad_squared_linear_": arguments((65, 130), a, g),
-        "sum_grad_squared_conv_": arguments((40, 24, 3, 3), x, y, [1, 1], [1, 1], [1, 1], 1),
-        "sum_grad_squared_embedding_": arguments((50, 65), tokens, g),
-        "sum_grad_squared_scale_": arguments((65,), g, g),
-    }
 
 
 def run(name: str, arguments: tuple, device: str) -> tuple[Tensor, Tensor]:
@@ -50,35 +27,16 @@ def assert_near(result: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", calls(torch.float32))
+@pytest.mark.parametrize("name", of_sums(torch.float32))
 def test_against_float64_and_twice_the_same(name, dtype):
     import unlearn_fast
 
     assert unlearn_fast._library.implementation(name, "cuda") == "triton"
-    arguments = calls(dtype)[name]
+    arguments = of_sums(dtype)[name]
     results, again = run(name, arguments, "cuda"), run(name, arguments, "cuda")
     for result, repeated, exact in zip(results, again, run(name, arguments, "cpu"), strict=True):
         assert_near(result, exact)
         assert torch.equal(result, repeated)
-
-
-@pytest.mark.parametrize("name", calls(torch.float32))
-def test_in_a_cuda_graph(name):
-    import unlearn_fast  # noqa: F401
-
-    arguments = [a.cuda() if isinstance(a, Tensor) else a for a in calls(torch.bfloat16)[name]]
-    operator = getattr(torch.ops.unlearn_fast, name)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        operator(*arguments)  # compiles
-    torch.cuda.current_stream().wait_stream(side)
-    once = arguments[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        operator(*arguments)
-    arguments[0].zero_()
-    graph.replay()
-    assert torch.equal(arguments[0], once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -129,12 +87,3 @@ def test_every_tile_by_boxes(dtype, first, B, T, O, I):  # noqa: E741
         assert_near(out, exact.square().sum(0).cpu())
         if mean is not None:
             assert_near(mean, exact.sum(0).cpu())
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_on_another_device_than_the_current_one():
-    import unlearn_fast  # noqa: F401
-
-    arguments = calls(torch.float32)["sum_grad_squared_linear_"]
-    result = run("sum_grad_squared_linear_", arguments, "cuda:1")[0]
-    assert_near(result, run("sum_grad_squared_linear_", arguments, "cpu")[0])
